@@ -1,0 +1,1 @@
+"""Command line of uad_jax: flags and dispatch only."""

@@ -1,0 +1,31 @@
+"""Test set-up: CPU, 8 virtual devices, strict ranks, a compilation cache."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+from uad_jax import runtime
+
+runtime.setup()
+
+import jax
+import pytest
+from absl import flags
+
+from uad_jax import mesh as mesh_lib
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+flags.FLAGS.mark_as_parsed()  # grain reads absl flags
+
+
+@pytest.fixture(scope="session")
+def mesh1() -> jax.sharding.Mesh:
+    """Mesh of one device: what most tests use."""
+    return mesh_lib.make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def mesh8() -> jax.sharding.Mesh:
+    """Mesh of all 8 virtual devices."""
+    return mesh_lib.make_mesh()

@@ -1,0 +1,3 @@
+"""Unsupervised anomaly detection in brain MRI, in JAX and Flax."""
+
+__version__ = "0.1.0"

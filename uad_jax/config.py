@@ -1,0 +1,190 @@
+"""The description of one experiment."""
+
+import dataclasses
+import enum
+import json
+from typing import Any
+
+from uad_jax.data.config import DataConfig
+from uad_jax.methods.base import MethodConfig
+from uad_jax.metrics.postprocess import Protocol
+
+
+@dataclasses.dataclass
+class WarmStart:
+    """Parameters to take from another run.
+
+    Attributes:
+      workdir: The other run.
+      step: Its checkpoint; -1 = best, or the latest if it never validated.
+      source_prefix: Path in the other run's model, "encoder/backbone"; "" = all.
+      target_prefix: Path in this run's model that it fills.
+    """
+
+    workdir: str = ""
+    step: int = -1
+    source_prefix: str = ""
+    target_prefix: str = ""
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """How the loop runs. All `*_every` are in optimiser steps.
+
+    Attributes:
+      steps_per_call: Steps scanned in one dispatch (accelerators; 1 on a CPU).
+      log_every: Steps between lines of metrics.
+      eval_every: Steps between validations.
+      save_every: Steps between checkpoints.
+      keep_checkpoints: Newest checkpoints to keep beside the best one.
+      keep_every: Also keep every checkpoint at a multiple of this; 0 = none.
+      validation_slices: Size of the fixed validation set; 0 = all slices.
+      patience: Stop after this many validations without a better loss; 0 = never.
+      warm_start: Parameters taken from other runs when training begins.
+    """
+
+    steps_per_call: int = 1
+    log_every: int = 50
+    eval_every: int = 500
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    validation_slices: int = 256
+    patience: int = 0
+    warm_start: list[WarmStart] = dataclasses.field(default_factory=list)
+
+
+class ThresholdRule(enum.Enum):
+    """Where the operating threshold comes from."""
+
+    HEALTHY_FPR = "healthy_fpr"  # voxel false-positive rate on healthy validation
+    VALIDATED = "validated"  # best Dice on annotated validation volumes
+
+
+@dataclasses.dataclass
+class EvaluationSet:
+    """One set of volumes to evaluate on.
+
+    Attributes:
+      store: Directory written by `run.py prepare`; "" = the training store.
+      split: "test", "val" or "train".
+      threshold_from: Where the operating threshold comes from.
+      protocol: Post-processing and aggregation.
+    """
+
+    store: str = ""
+    split: str = "test"
+    threshold_from: ThresholdRule = ThresholdRule.HEALTHY_FPR
+    protocol: Protocol = Protocol.BEHRENDT
+
+
+@dataclasses.dataclass
+class EvaluationConfig:
+    """How checkpoints are evaluated.
+
+    Attributes:
+      batch_size: Volumes scored at a time (rounded up to the device count).
+      healthy_fpr: Operating voxel false-positive rate on healthy validation scans.
+      bootstrap_samples: Resamplings of the subjects for intervals.
+      export_maps: Whether anomaly maps are written as NIfTI.
+      sets: Name -> set. Empty = {"test": EvaluationSet()}.
+    """
+
+    batch_size: int = 2
+    healthy_fpr: float = 0.05
+    bootstrap_samples: int = 1000
+    export_maps: bool = False
+    sets: dict[str, EvaluationSet] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class ExperimentConfig:
+    """One experiment, from data to evaluation.
+
+    Attributes:
+      name: Short name for tables and reports.
+      method: The method's own config, with its optimiser.
+      data: The training data.
+      train: How the loop runs.
+      evaluation: How checkpoints are evaluated.
+      seed: Seeds parameters, data order and noise.
+      batch_size: Rows of the global batch.
+      total_steps: Optimiser steps.
+      reference_slices: Training slices of the paper's own budget; 0 = unknown.
+    """
+
+    name: str
+    method: MethodConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    seed: int = 0
+    batch_size: int = 64
+    total_steps: int = 10_000
+    reference_slices: int = 0
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Converts a config to plain JSON types; the method carries its class name."""
+    return _plain(config)
+
+
+def to_json(config: Any) -> str:
+    """Serialises a config to stable, indented JSON."""
+    return json.dumps(_plain(config), indent=2, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def validate(config: ExperimentConfig) -> None:
+    """Checks what can be checked without data or devices.
+
+    Raises:
+      ValueError: Lists every problem found.
+    """
+    problems = []
+    train = config.train
+    for name in ("batch_size", "total_steps"):
+        if getattr(config, name) < 1:
+            problems.append(f"{name} is {getattr(config, name)}; use 1 or more.")
+    for name in ("steps_per_call", "log_every", "eval_every", "save_every"):
+        if getattr(train, name) < 1:
+            problems.append(f"train.{name} is {getattr(train, name)}; use 1 or more.")
+    if not problems:
+        chunk = train.steps_per_call
+        for name, value in (
+            ("total_steps", config.total_steps),
+            ("train.log_every", train.log_every),
+            ("train.eval_every", train.eval_every),
+            ("train.save_every", train.save_every),
+        ):
+            if value % chunk:
+                problems.append(
+                    f"{name} is {value}, not a multiple of train.steps_per_call = "
+                    f"{chunk}. Use a multiple, or steps_per_call = 1."
+                )
+    if not 0 < config.evaluation.healthy_fpr < 1:
+        problems.append(
+            f"evaluation.healthy_fpr is {config.evaluation.healthy_fpr}; "
+            "it must lie between 0 and 1."
+        )
+    try:
+        config.method.validate()
+    except ValueError as error:
+        problems.append(f"method: {error}")
+    if problems:
+        raise ValueError("The config cannot work:\n  " + "\n  ".join(problems))

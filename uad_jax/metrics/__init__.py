@@ -1,0 +1,1 @@
+"""Exact metrics, post-processing, statistics and baselines (floor 2)."""

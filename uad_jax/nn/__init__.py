@@ -1,0 +1,1 @@
+"""Linen modules: no loss, no optimiser, no input or output (floor 2)."""

@@ -1,0 +1,86 @@
+"""Optimisers and learning-rate schedules."""
+
+import dataclasses
+import enum
+
+import optax
+
+from uad_jax.types import Array
+
+
+class Schedule(enum.Enum):
+    """Shape of the learning rate over the run, after the warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    LINEAR = "linear"
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """Adam(W) with clipping, warm-up and decay.
+
+    Float fields may be traced scalars, except `clip_norm` and `weight_decay`,
+    whose 0 means "off".
+
+    Attributes:
+      learning_rate: Peak learning rate.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled weight decay (AdamW); 0 = none.
+      clip_norm: Global gradient norm limit; 0 = none.
+      schedule: Shape after the warm-up.
+      warmup_steps: Linear warm-up from 0.
+      end_factor: Final learning rate as a share of the peak (not for CONSTANT).
+    """
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    schedule: Schedule = Schedule.CONSTANT
+    warmup_steps: int = 0
+    end_factor: float = 0.0
+
+    def validate(self) -> None:
+        """Raises ValueError for values that cannot train."""
+        if not self.learning_rate > 0:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}; it must be above 0."
+            )
+        for name in ("weight_decay", "clip_norm", "warmup_steps", "end_factor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
+
+    def make(self, total_steps: int) -> optax.GradientTransformation:
+        """Builds the transformation for a run of `total_steps` steps."""
+        parts = []
+        if self.clip_norm:
+            parts.append(optax.clip_by_global_norm(self.clip_norm))
+        parts.append(optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps))
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay))
+        parts.append(optax.scale_by_learning_rate(self._learning_rate(total_steps)))
+        return optax.chain(*parts)
+
+    def _learning_rate(self, total_steps: int) -> optax.Schedule:
+        decay_steps = max(total_steps - self.warmup_steps, 1)
+
+        def rate(step: Array) -> Array:
+            warmup = 1.0
+            if self.warmup_steps:
+                warmup = optax.linear_schedule(0.0, 1.0, self.warmup_steps)(step)
+            after = step - self.warmup_steps
+            if self.schedule is Schedule.COSINE:
+                shape = optax.cosine_decay_schedule(1.0, decay_steps)(after)
+            elif self.schedule is Schedule.LINEAR:
+                shape = optax.linear_schedule(1.0, 0.0, decay_steps)(after)
+            else:
+                shape = 1.0
+            shape = self.end_factor + (1.0 - self.end_factor) * shape
+            return self.learning_rate * warmup * shape
+
+        return rate
