@@ -111,6 +111,7 @@ class ExperimentConfig:
       batch_size: Rows of the global batch.
       total_steps: Optimiser steps.
       reference_slices: Training slices of the paper's own budget; 0 = unknown.
+      source: The --config it came from, so that a run can be opened again.
     """
 
     name: str
@@ -122,6 +123,7 @@ class ExperimentConfig:
     batch_size: int = 64
     total_steps: int = 10_000
     reference_slices: int = 0
+    source: str = ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -132,6 +134,58 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_json(config: Any) -> str:
     """Serialises a config to stable, indented JSON."""
     return json.dumps(_plain(config), indent=2, sort_keys=True)
+
+
+def fill(config: Any, stored: dict[str, Any]) -> None:
+    """Sets every field of a config to its stored value, in place.
+
+    Args:
+      config: A config of the same classes as the stored one.
+      stored: What `to_dict` returned.
+
+    Raises:
+      ValueError: If the classes or the fields differ.
+    """
+    found, expected = type(config).__name__, stored.get("type")
+    if found != expected:
+        raise ValueError(
+            f"The stored config holds a {expected}, but the config file makes a "
+            f"{found}. Pass the --config that the run was trained with."
+        )
+    names = {field.name for field in dataclasses.fields(config)}
+    differing = names ^ (set(stored) - {"type"})
+    if differing:
+        raise ValueError(
+            f"{found}: fields {sorted(differing)} are not in both the stored config "
+            "and this version of the code. Use the code that trained the run."
+        )
+    for name in names:
+        setattr(config, name, _filled(getattr(config, name), stored[name]))
+
+
+def _filled(current: Any, stored: Any) -> Any:
+    if dataclasses.is_dataclass(current) and not isinstance(current, type):
+        fill(current, stored)
+        return current
+    if isinstance(current, enum.Enum):
+        return type(current)(stored)
+    if isinstance(current, tuple):
+        return tuple(stored)
+    if isinstance(stored, list):
+        return [_from_plain(item) for item in stored]
+    if isinstance(stored, dict):
+        return {key: _from_plain(item) for key, item in stored.items()}
+    return stored
+
+
+def _from_plain(item: Any) -> Any:
+    """Items of lists and dicts are the two config classes that can be in one."""
+    if not isinstance(item, dict) or "type" not in item:
+        return item
+    classes = {kind.__name__: kind for kind in (WarmStart, EvaluationSet)}
+    config = classes[item["type"]]()
+    fill(config, item)
+    return config
 
 
 def _plain(value: Any) -> Any:

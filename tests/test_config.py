@@ -1,0 +1,80 @@
+import dataclasses
+import enum
+import json
+
+import pytest
+
+from uad_jax import config as config_lib
+from uad_jax.data.config import Placement
+from uad_jax.methods import base
+
+
+class _Form(enum.Enum):
+    ROUND = "round"
+    SQUARE = "square"
+
+
+@dataclasses.dataclass
+class _MethodConfig:
+    form: _Form = _Form.ROUND
+    width: int = 8
+    scales: tuple[int, ...] = (1, 2)
+
+    def make(self, run: base.RunShape) -> base.Method:
+        raise AssertionError("not built in these tests")
+
+    def validate(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width is {self.width}; use 1 or more.")
+
+
+def _experiment() -> config_lib.ExperimentConfig:
+    return config_lib.ExperimentConfig(name="probe", method=_MethodConfig())
+
+
+def test_fill_restores_every_field_from_json() -> None:
+    trained = _experiment()
+    trained.method = _MethodConfig(form=_Form.SQUARE, width=3, scales=(4,))
+    trained.seed = 7
+    trained.data.placement = Placement.DEVICE
+    trained.train.warm_start = [config_lib.WarmStart(workdir="a", step=3)]
+    trained.evaluation.sets = {"x": config_lib.EvaluationSet(split="val")}
+    stored = json.loads(config_lib.to_json(trained))
+    opened = _experiment()
+    config_lib.fill(opened, stored)
+    assert opened == trained
+
+
+def test_fill_names_both_classes_when_the_method_differs() -> None:
+    stored = config_lib.to_dict(_experiment())
+    stored["method"]["type"] = "OtherConfig"
+    with pytest.raises(ValueError, match=r"OtherConfig.*_MethodConfig"):
+        config_lib.fill(_experiment(), stored)
+
+
+def test_fill_names_fields_that_are_not_in_both() -> None:
+    stored = config_lib.to_dict(_experiment())
+    stored["method"]["depth"] = 4
+    with pytest.raises(ValueError, match="depth"):
+        config_lib.fill(_experiment(), stored)
+
+
+def test_validate_lists_all_problems_at_once() -> None:
+    config = _experiment()
+    config.batch_size = 0
+    config.evaluation.healthy_fpr = 1.5
+    config.method = _MethodConfig(width=0)
+    with pytest.raises(ValueError, match=r"(?s)batch_size.*healthy_fpr.*width"):
+        config_lib.validate(config)
+
+
+def test_validate_wants_multiples_of_steps_per_call() -> None:
+    config = _experiment()
+    config.total_steps = 101
+    config.train = config_lib.TrainConfig(steps_per_call=10)
+    with pytest.raises(ValueError, match="total_steps is 101, not a multiple"):
+        config_lib.validate(config)
+
+
+def test_validate_accepts_the_defaults() -> None:
+    config_lib.validate(_experiment())
