@@ -1,0 +1,322 @@
+"""Dense and spatial autoencoder and VAE of the comparative study of Baur et al.
+
+Source: Baur et al. 2021, "Autoencoders for unsupervised anomaly segmentation in brain
+MR images: a comparative study", and the authors' released code.
+
+Deviations: the VAE scores the decoded mean of the posterior; the released code decodes
+a sample (`sample_at_test=True`). Dropout and noise are keyed by volume and slice.
+"""
+
+import dataclasses
+import enum
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from uad_jax import optim
+from uad_jax.methods import base
+from uad_jax.nn import autoencoder, blocks
+from uad_jax.ops import losses
+from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
+
+
+class Variant(enum.Enum):
+    """Which autoencoder."""
+
+    AE = "ae"  # dense code
+    AE_SPATIAL = "ae_spatial"  # the feature map is the code
+    VAE = "vae"  # dense Gaussian code
+
+
+class PixelLoss(enum.Enum):
+    """Distance of the reconstruction to the image."""
+
+    L1 = "l1"
+    L2 = "l2"
+
+
+class Residual(enum.Enum):
+    """How image and reconstruction become an anomaly map."""
+
+    ABS = "abs"
+    POSITIVE = "positive"  # brighter than expected: lesions on FLAIR and T2
+    SQUARED = "squared"
+
+
+class Precision(enum.Enum):
+    """Type of the computation. Parameters and losses are always float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@dataclasses.dataclass
+class AutoencoderConfig:
+    """An autoencoder. The image size follows the data.
+
+    Attributes:
+      variant: Which autoencoder.
+      latent_size: Size of the dense code (not for AE_SPATIAL).
+      intermediate_resolution: Side of the code's feature map; the image side must be
+        this times a power of 2. 0 = a sixteenth (8 at 128 pixels, 6 at 96).
+      width: Channels of the encoder's first and the decoder's last level.
+      max_width: Most channels of a level.
+      norm: Normalisation.
+      dropout: Dropout on the code and in the dense decoder, while training.
+      pixel_loss: Distance of the reconstruction.
+      reduction: Over pixels (and latents: MEAN divides both terms by the pixels).
+      kl_weight: Weight of the KL divergence (VAE only).
+      residual: Anomaly map, averaged over the channels.
+      sample_at_test: VAE: decode a sample instead of the mean.
+      score_chunk: Slices of a volume that are scored at once; 0 = all.
+      precision: Type of the computation.
+      accumulate_steps: Micro-batches per optimiser step.
+      ema_decay: Decay of the averaged parameters; 0 = none.
+      optimizer: The optimiser.
+    """
+
+    variant: Variant = Variant.VAE
+    latent_size: int = 128
+    intermediate_resolution: int = 0
+    width: int = 32
+    max_width: int = 128
+    norm: blocks.Norm = blocks.Norm.NONE
+    dropout: float = 0.1
+    pixel_loss: PixelLoss = PixelLoss.L1
+    reduction: losses.Reduction = losses.Reduction.SUM
+    kl_weight: float = 1.0
+    residual: Residual = Residual.ABS
+    sample_at_test: bool = False
+    score_chunk: int = 32
+    precision: Precision = Precision.FLOAT32
+    accumulate_steps: int = 1
+    ema_decay: float = 0.0
+    optimizer: optim.OptimizerConfig = dataclasses.field(
+        default_factory=optim.OptimizerConfig
+    )
+
+    def validate(self) -> None:
+        """Raises ValueError for settings that cannot work."""
+        for name in ("latent_size", "width", "accumulate_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
+        for name in ("intermediate_resolution", "kl_weight", "score_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
+        for name in ("dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must lie in [0, 1)."
+                )
+        if self.max_width < self.width or self.max_width % 8:
+            raise ValueError(
+                f"max_width is {self.max_width}; use a multiple of 8 that is at least "
+                f"width = {self.width}."
+            )
+        if self.width % 8:
+            raise ValueError(f"width is {self.width}; use a multiple of 8.")
+        self.optimizer.validate()
+
+    def make(self, run: base.RunShape) -> base.Method:
+        """Builds the method. Float fields may be traced scalars."""
+        init, update = base.single_optimizer(
+            functools.partial(init_model, self),
+            functools.partial(loss, self),
+            self.optimizer.make(run.total_steps),
+            ema_decay=self.ema_decay,
+            accumulate_steps=self.accumulate_steps,
+        )
+        return base.Method(
+            inputs=base.Inputs(),
+            init=init,
+            update=update,
+            validate=functools.partial(validation_loss, self),
+            score=base.slicewise(
+                functools.partial(score_slices, self), self.score_chunk
+            ),
+            reconstruct=functools.partial(reconstruct, self),
+        )
+
+
+def networks(
+    config: AutoencoderConfig, image_shape: tuple[int, ...]
+) -> tuple[autoencoder.Encoder, autoencoder.Decoder]:
+    """Builds encoder and decoder for images of shape (..., H, W, C).
+
+    Raises:
+      ValueError: If the image does not fit the intermediate resolution.
+    """
+    height, width, channels = image_shape[-3:]
+    levels = blocks.num_levels(height, width, config.intermediate_resolution)
+    spatial = config.variant is Variant.AE_SPATIAL
+    shared = {
+        "num_levels": levels,
+        "width": config.width,
+        "max_width": config.max_width,
+        "norm": config.norm,
+        "dtype": jnp.dtype(config.precision.value),
+    }
+    encoder = autoencoder.Encoder(
+        latent_size=None if spatial else config.latent_size,
+        num_heads=2 if config.variant is Variant.VAE else 1,
+        **shared,
+    )
+    decoder = autoencoder.Decoder(image_shape=(height, width, channels), **shared)
+    return encoder, decoder
+
+
+def init_model(config: AutoencoderConfig, key: Key, batch: Batch) -> ModelState:
+    """Initialises {"encoder": ..., "decoder": ...} for the batch's image shape."""
+    encoder, decoder = networks(config, batch.image.shape)
+    image = jnp.zeros((1, *batch.image.shape[-3:]), jnp.float32)
+    encoder_key, decoder_key = jax.random.split(key)
+    codes, encoder_variables = encoder.init_with_output(encoder_key, image)
+    decoder_variables = decoder.init(decoder_key, codes[0])
+    return ModelState(
+        params={
+            "encoder": encoder_variables.get("params", {}),
+            "decoder": decoder_variables["params"],
+        },
+        collections={},
+    )
+
+
+def autoencode(
+    config: AutoencoderConfig,
+    params: dict[str, Tree],
+    image: Array,
+    *,
+    keys: Array | None = None,
+    train: bool = False,
+) -> tuple[Array, tuple[Array, ...]]:
+    """Reconstructs slices.
+
+    Args:
+      config: The autoencoder.
+      params: {"encoder": ..., "decoder": ...}.
+      image: [N, H, W, C] float.
+      keys: One key per slice, [N]: the VAE decodes a sample; None: the mean.
+      train: Whether dropout is on; needs keys.
+
+    Returns:
+      The reconstruction [N, H, W, C] float32 and the codes: (code,), or the VAE's
+      (mu, log_sigma), each [N, latent_size] float32.
+    """
+    encoder, decoder = networks(config, image.shape)
+    streams = [None] * 4 if keys is None else list(_streams(keys, 4))
+    codes = encoder.apply(
+        {"params": params["encoder"]},
+        image,
+        dropout=config.dropout,
+        keys=streams[: encoder.num_heads] if train else None,
+    )
+    code = codes[0]
+    if config.variant is Variant.VAE and keys is not None:
+        draw = jax.vmap(lambda key: jax.random.normal(key, code.shape[1:]))
+        code = code + jnp.exp(codes[1]) * draw(streams[2])
+    reconstruction = decoder.apply(
+        {"params": params["decoder"]},
+        code,
+        dropout=config.dropout,
+        keys=streams[3] if train else None,
+    )
+    return reconstruction, codes
+
+
+def loss(
+    config: AutoencoderConfig,
+    params: dict[str, Tree],
+    collections: dict[str, Tree],
+    batch: Batch,
+    key: Key,
+    *,
+    train: bool = True,
+) -> tuple[Array, tuple[dict[str, Tree], Scalars]]:
+    """Reconstruction error, plus the weighted KL divergence of the VAE.
+
+    Args:
+      config: The autoencoder.
+      params: {"encoder": ..., "decoder": ...}.
+      collections: Empty; handed through.
+      batch: Slices, image [B, H, W, C] float32.
+      key: Key of the step.
+      train: Whether dropout is on. The VAE samples in either case.
+
+    Returns:
+      The loss [] and (collections, scalars). Scalars: "reconstruction" and "kl" as
+      they enter the loss (kl before its weight), "l1" the mean absolute error.
+    """
+    keys = base.sample_keys(key, batch.uid, batch.slice_index)
+    output, codes = autoencode(config, params, batch.image, keys=keys, train=train)
+    distance = losses.l1 if config.pixel_loss is PixelLoss.L1 else losses.l2
+    rows = distance(output, batch.image, config.reduction)
+    l1 = losses.l1(output, batch.image, losses.Reduction.MEAN)
+    scalars = {
+        "reconstruction": losses.mean_over_valid(rows, batch.valid),
+        "l1": losses.mean_over_valid(l1, batch.valid),
+    }
+    value = scalars["reconstruction"]
+    if config.variant is Variant.VAE:
+        kl = losses.kl_normal(*codes)
+        if config.reduction is losses.Reduction.MEAN:
+            kl = kl / (output.size // output.shape[0])
+        scalars["kl"] = losses.mean_over_valid(kl, batch.valid)
+        value = value + config.kl_weight * scalars["kl"]
+    return value, (collections, scalars)
+
+
+def validation_loss(
+    config: AutoencoderConfig, model: ModelState, batch: Batch, key: Key
+) -> Scalars:
+    """The loss without dropout; the VAE's noise follows from the key, uid and slice."""
+    value, (_, scalars) = loss(
+        config, model.params, model.collections, batch, key, train=False
+    )
+    return {"loss": value, **scalars}
+
+
+def score_slices(
+    config: AutoencoderConfig, model: ModelState, image: Array, mask: Array, keys: Array
+) -> tuple[Array, Array]:
+    """Anomaly maps and reconstructions of slices.
+
+    Args:
+      config: The autoencoder.
+      model: The model.
+      image: [N, H, W, C] float32.
+      mask: [N, H, W, 1] bool; not used, the evaluator masks.
+      keys: One key per slice, [N].
+
+    Returns:
+      Map [N, H, W] float32, the residual averaged over the channels, and the
+      reconstruction [N, H, W, C] float32.
+    """
+    sampled = keys if config.sample_at_test else None
+    output, _ = autoencode(config, model.params, image, keys=sampled)
+    difference = image.astype(jnp.float32) - output
+    if config.residual is Residual.POSITIVE:
+        difference = jnp.maximum(difference, 0.0)
+    elif config.residual is Residual.SQUARED:
+        difference = jnp.square(difference)
+    else:
+        difference = jnp.abs(difference)
+    return difference.mean(axis=-1), output
+
+
+def reconstruct(
+    config: AutoencoderConfig,
+    model: ModelState,
+    image: Array,
+    mask: Array,
+    key: Key,
+    strength: float | Array = 1.0,
+) -> Array:
+    """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
+    keys = jax.random.split(key, image.shape[0]) if config.sample_at_test else None
+    return autoencode(config, model.params, image, keys=keys)[0]
+
+
+def _streams(keys: Array, count: int) -> Array:
+    """Splits the keys of the rows [N] into `count` independent sets [count, N]."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys), 1, 0)
