@@ -10,7 +10,9 @@ a sample (`sample_at_test=True`). Dropout and noise are keyed by volume and slic
 import dataclasses
 import enum
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -150,7 +152,7 @@ def networks(
     height, width, channels = image_shape[-3:]
     levels = blocks.num_levels(height, width, config.intermediate_resolution)
     spatial = config.variant is Variant.AE_SPATIAL
-    shared = {
+    shared: dict[str, Any] = {
         "num_levels": levels,
         "width": config.width,
         "max_width": config.max_width,
@@ -205,8 +207,9 @@ def autoencode(
     """
     encoder, decoder = networks(config, image.shape)
     streams = [None] * 4 if keys is None else list(_streams(keys, 4))
-    codes = encoder.apply(
-        {"params": params["encoder"]},
+    codes = _apply(
+        encoder,
+        params["encoder"],
         image,
         dropout=config.dropout,
         keys=streams[: encoder.num_heads] if train else None,
@@ -215,8 +218,9 @@ def autoencode(
     if config.variant is Variant.VAE and keys is not None:
         draw = jax.vmap(lambda key: jax.random.normal(key, code.shape[1:]))
         code = code + jnp.exp(codes[1]) * draw(streams[2])
-    reconstruction = decoder.apply(
-        {"params": params["decoder"]},
+    reconstruction = _apply(
+        decoder,
+        params["decoder"],
         code,
         dropout=config.dropout,
         keys=streams[3] if train else None,
@@ -258,7 +262,7 @@ def loss(
     }
     value = scalars["reconstruction"]
     if config.variant is Variant.VAE:
-        kl = losses.kl_normal(*codes)
+        kl = losses.kl_normal(codes[0], codes[1])
         if config.reduction is losses.Reduction.MEAN:
             kl = kl / (output.size // output.shape[0])
         scalars["kl"] = losses.mean_over_valid(kl, batch.valid)
@@ -315,6 +319,10 @@ def reconstruct(
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
     keys = jax.random.split(key, image.shape[0]) if config.sample_at_test else None
     return autoencode(config, model.params, image, keys=keys)[0]
+
+
+def _apply(module: nn.Module, params: Tree, x: Array, **kwargs: Any) -> Any:
+    return module.apply({"params": params}, x, **kwargs)
 
 
 def _streams(keys: Array, count: int) -> Array:

@@ -308,8 +308,8 @@ def slicewise(
 
         index = jnp.broadcast_to(jnp.arange(depth), (batch, depth))
         parts = (split(volumes.image), split(volumes.mask), split(index))
-        out = jax.tree.map(join, jax.lax.map(one, parts))
-        return summarise(*out, volumes)
+        anomaly_map, output = jax.tree.map(join, jax.lax.map(one, parts))
+        return summarise(anomaly_map, output, volumes)
 
     return score
 
@@ -380,8 +380,8 @@ def slabwise(
         sums = (jnp.zeros((batch, padded), jnp.float32), *zeros)
         (weight, *out), _ = jax.lax.scan(step, sums, jnp.arange(count))
         share = 1.0 / jnp.maximum(weight, 1.0)
-        means = [x if x is None else _scale(x, share)[:, :depth] for x in out]
-        return summarise(*means, volumes)
+        anomaly_map, output = jax.tree.map(lambda x: _scale(x, share)[:, :depth], out)
+        return summarise(anomaly_map, output, volumes)
 
     return score
 

@@ -1,0 +1,93 @@
+"""Dense autoencoder, spatial autoencoder and VAE.
+
+Paper:     Baur et al. 2021, "Autoencoders for unsupervised anomaly segmentation in
+           brain MR images: a comparative study" (arXiv 2004.03271)
+Command:   python run.py train --config=configs/autoencoder.py:variant=vae \
+             --config.data.store=STORE --workdir=DIR
+           variant = ae | ae_spatial | vae. Words: `paper` for the published settings
+           (needs slices of 128x128), `cpu` for two cores, no word for an accelerator.
+Hardware:  one accelerator; `cpu`: two cores
+Time:      not yet measured; `cpu`: at most 5 minutes at 96x96
+Expected:  not yet measured
+"""
+
+from configs import _parts
+from uad_jax import config as config_lib
+from uad_jax import optim
+from uad_jax.data import config as data_config
+from uad_jax.methods import autoencoder
+from uad_jax.methods.autoencoder import Precision, Variant
+
+
+def get_config(arg: str = "") -> config_lib.ExperimentConfig:
+    """Builds the experiment; `arg` as described above."""
+    given = _parts.parse(arg, ("paper", "cpu"), {"variant": Variant})
+    variant = given.values.get("variant", Variant.VAE)
+    if given.words >= {"paper", "cpu"}:
+        raise ValueError("Config argument: use only one of 'paper' and 'cpu'.")
+    if "paper" in given.words:
+        return _paper(variant)
+    if "cpu" in given.words:
+        return _cpu(variant)
+    return config_lib.ExperimentConfig(
+        name=variant.value,
+        method=autoencoder.AutoencoderConfig(
+            variant=variant,
+            precision=Precision.BFLOAT16,
+            ema_decay=0.999,
+            optimizer=optim.OptimizerConfig(
+                learning_rate=5e-4,
+                schedule=optim.Schedule.COSINE,
+                warmup_steps=200,
+            ),
+        ),
+        data=data_config.DataConfig(placement=data_config.Placement.DEVICE),
+        train=config_lib.TrainConfig(
+            steps_per_call=10, log_every=100, eval_every=1000, save_every=1000
+        ),
+        evaluation=config_lib.EvaluationConfig(batch_size=8),
+        batch_size=256,
+        total_steps=20_000,
+    )
+
+
+def _paper(variant: Variant) -> config_lib.ExperimentConfig:
+    """The released settings: batch, dropout and Adam as in the authors' code.
+
+    They stop after 5 epochs without a better validation loss and evaluate the last
+    weights; here the run has a fixed length with the patience in validations.
+    """
+    dense = variant is Variant.AE
+    return config_lib.ExperimentConfig(
+        name=f"{variant.value}_paper",
+        method=autoencoder.AutoencoderConfig(
+            variant=variant,
+            intermediate_resolution=8,
+            dropout=0.1 if variant is Variant.VAE else 0.2,
+            residual=autoencoder.Residual.POSITIVE,
+            sample_at_test=True,
+            optimizer=optim.OptimizerConfig(learning_rate=1e-4, b1=0.5),
+        ),
+        train=config_lib.TrainConfig(eval_every=1000, save_every=1000, patience=5),
+        batch_size=128 if dense else 8,
+        total_steps=100_000,
+    )
+
+
+def _cpu(variant: Variant) -> config_lib.ExperimentConfig:
+    """Two cores, at most 5 minutes at 96x96."""
+    return config_lib.ExperimentConfig(
+        name=f"{variant.value}_cpu",
+        method=autoencoder.AutoencoderConfig(
+            variant=variant,
+            ema_decay=0.99,
+            optimizer=optim.OptimizerConfig(
+                learning_rate=1e-3,
+                schedule=optim.Schedule.COSINE,
+                warmup_steps=20,
+            ),
+        ),
+        train=config_lib.TrainConfig(log_every=20, eval_every=100, save_every=100),
+        batch_size=64,
+        total_steps=400,
+    )

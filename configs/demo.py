@@ -1,0 +1,40 @@
+"""VAE for the embedded synthetic cohort: what `run.py demo` trains.
+
+Paper:     Baur et al. 2021 (the network); the settings are ours
+Command:   python run.py demo [--quick]
+Hardware:  two CPU cores
+Time:      about 2.5 minutes of training; `quick` about 15 seconds
+Expected:  not yet measured
+"""
+
+from configs import _parts
+from uad_jax import config as config_lib
+from uad_jax import optim
+from uad_jax.methods import autoencoder
+
+
+def get_config(arg: str = "") -> config_lib.ExperimentConfig:
+    """Builds the experiment; `arg` may be "quick". The demo fills in the store."""
+    quick = "quick" in _parts.parse(arg, ("quick",)).words
+    steps = 50 if quick else 220
+    return config_lib.ExperimentConfig(
+        name="demo_quick" if quick else "demo",
+        method=autoencoder.AutoencoderConfig(
+            variant=autoencoder.Variant.VAE,
+            dropout=0.0,
+            ema_decay=0.95,
+            optimizer=optim.OptimizerConfig(
+                learning_rate=1e-3,
+                schedule=optim.Schedule.COSINE,
+                warmup_steps=10,
+            ),
+        ),
+        train=config_lib.TrainConfig(
+            log_every=10,
+            eval_every=steps // 5,
+            save_every=steps // 5,
+            validation_slices=128,
+        ),
+        batch_size=32 if quick else 64,
+        total_steps=steps,
+    )
