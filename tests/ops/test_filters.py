@@ -7,7 +7,6 @@ import skimage.metrics
 
 from uad_jax.ops import filters
 
-
 _gaussian = jax.jit(filters.gaussian, static_argnames=("sigma", "num_axes"))
 _ssim = jax.jit(filters.ssim, static_argnames=("num_axes", "return_map"))
 
