@@ -147,7 +147,12 @@ def sample(
 
 
 def _apply_axis(volume: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
-    return np.moveaxis(np.tensordot(weights, volume, axes=(1, axis)), 0, axis)
+    if axis == 0:
+        flat = weights @ volume.reshape(volume.shape[0], -1)
+        return flat.reshape(-1, *volume.shape[1:])
+    if axis == 1:
+        return weights @ volume
+    return volume @ weights.T
 
 
 def _copy_axis(volume: np.ndarray, axis: int, start: int, size: int) -> np.ndarray:

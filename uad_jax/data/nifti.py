@@ -286,10 +286,10 @@ def _affine(
             affine = header.get_best_affine().astype(np.float64)
         except (ValueError, nib.spatialimages.HeaderDataError) as error:
             raise BadAffine(f"{path}: the qform is invalid ({error}).") from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not _usable(affine):
         raise BadAffine(
-            f"{path}: the affine {affine[:3].tolist()} is not finite or not "
-            "invertible. Repair the header (sform or qform)."
+            f"{path}: the affine {affine[:3].tolist()} is not finite, not invertible "
+            "or has absurd voxel sizes. Repair the header (sform or qform)."
         )
     if min(codes) > 0:
         difference = float(np.abs(header.get_sform() - header.get_qform()).max())
@@ -305,6 +305,16 @@ def _affine(
         shown = " x ".join(f"{edge:.3g}" for edge in edges)
         notes.append(f"Voxels of {shown} mm are unusual; check the units.")
     return affine, notes
+
+
+def _usable(affine: np.ndarray) -> bool:
+    """Whether an affine is finite, invertible and about the size of a head."""
+    if not np.isfinite(affine).all():
+        return False
+    edges = np.array(geometry.spacing(affine))
+    if edges.min() < 1e-4 or edges.max() > 1e5:
+        return False
+    return abs(np.linalg.det(affine[:3, :3] / edges)) > 1e-3
 
 
 def _assumed_affine(path: Path, image: nib.Nifti1Image, assume: str) -> np.ndarray:
@@ -326,8 +336,11 @@ def _assumed_affine(path: Path, image: nib.Nifti1Image, assume: str) -> np.ndarr
 
 def _voxels(path: Path, image: nib.Nifti1Image, frame: int | None) -> np.ndarray:
     """Decodes the voxels as one 3-D float32 array in storage order."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+    except nifti_parse.PARSE_ERRORS as error:
+        raise DamagedFile(f"{path}: the voxels cannot be read ({error}).") from error
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.ndim == 4 and frame is not None:

@@ -11,6 +11,16 @@ import numpy as np
 
 _CHUNK = 1 << 22
 _MAX_GZIP_RATIO = 1040  # deflate cannot do better than 1032:1
+_MAX_OFFSET = 1 << 26  # bytes of header extensions
+PARSE_ERRORS = (
+    nib.spatialimages.HeaderDataError,
+    nib.filebasedimages.ImageFileError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    OSError,
+)
 
 
 class NiftiError(ValueError):
@@ -42,7 +52,18 @@ class EmptyBrain(NiftiError):
 
 
 def load(path: Path, max_voxels: int) -> tuple[nib.Nifti1Image, str]:
-    """Reads all bytes of a file and parses them; nothing is decoded yet."""
+    """Reads all bytes of a file and parses them; no voxel is decoded yet.
+
+    Args:
+      path: A .nii or .nii.gz file.
+      max_voxels: Larger images are refused.
+
+    Returns:
+      The image and the SHA-256 of the file's bytes.
+
+    Raises:
+      NiftiError: The file is missing, damaged, or of an unusable kind.
+    """
     if not path.name.endswith((".nii", ".nii.gz")):
         raise DamagedFile(
             f"{path}: expected a name ending in .nii or .nii.gz. "
@@ -67,13 +88,12 @@ def load(path: Path, max_voxels: int) -> tuple[nib.Nifti1Image, str]:
             f"{header.get_data_shape()} as {header.get_data_dtype()} needs {needed}. "
             "Copy or download it again."
         )
-    return type_of(header).from_bytes(content), sha256
-
-
-def type_of(header: nib.Nifti1Header) -> type[nib.Nifti1Image]:
-    """The nibabel image class for a header."""
     two = isinstance(header, nib.Nifti2Header)
-    return nib.Nifti2Image if two else nib.Nifti1Image
+    kind = nib.Nifti2Image if two else nib.Nifti1Image
+    try:
+        return kind.from_bytes(content), sha256
+    except PARSE_ERRORS as error:
+        raise BadHeader(f"{path}: the header is invalid ({error}).") from error
 
 
 def _decompress(path: Path, raw: bytes, max_voxels: int) -> bytes:
@@ -136,7 +156,7 @@ def _header(path: Path, start: bytes, raw: bytes, max_voxels: int) -> nib.Nifti1
     try:
         header = kind(start[: kind.sizeof_hdr])
         dtype = header.get_data_dtype()
-    except (nib.spatialimages.HeaderDataError, ValueError, KeyError) as error:
+    except PARSE_ERRORS as error:
         raise BadHeader(f"{path}: the header is invalid ({error}).") from error
     rank = int(header["dim"][0])
     shape = tuple(int(size) for size in header["dim"][1 : max(rank, 0) + 1])
@@ -144,6 +164,12 @@ def _header(path: Path, start: bytes, raw: bytes, max_voxels: int) -> nib.Nifti1
         raise BadHeader(
             f"{path}: the header's dimensions are {header['dim'].tolist()}; expected "
             "three sizes of 1 or more. The file is damaged."
+        )
+    offset = float(header["vox_offset"])
+    if not kind.sizeof_hdr <= offset <= _MAX_OFFSET:
+        raise BadHeader(
+            f"{path}: the header puts the voxels at byte {offset:g}; expected "
+            f"{kind.sizeof_hdr} to {_MAX_OFFSET}. The file is damaged."
         )
     if dtype.kind not in "iuf":
         raise BadVoxels(

@@ -79,7 +79,7 @@ RECIPES: dict[str, Recipe] = {
             order=3,
             mask_order=0,
             flow_steps=3,
-            max_cropped=0.35,
+            max_cropped=0.2,
         ),
         Recipe(
             name="baur",
@@ -91,7 +91,7 @@ RECIPES: dict[str, Recipe] = {
             order=3,
             mask_order=0,
             flow_steps=3,
-            max_cropped=0.25,
+            max_cropped=0.2,
         ),
     )
 }
