@@ -1,0 +1,124 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from uad_jax.metrics import calibration, voxel
+from uad_jax.metrics.voxel import VoxelScores
+
+
+def _healthy(seed: int, outside: int = 0) -> VoxelScores:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=700).astype(np.float32)
+    return VoxelScores(scores, np.zeros(700, bool), 0, outside)
+
+
+def _abnormal(seed: int) -> VoxelScores:
+    rng = np.random.default_rng(seed)
+    lesion = rng.random(700) < 0.1
+    scores = (rng.normal(size=700) + 2 * lesion).astype(np.float32)
+    return VoxelScores(scores, lesion, 2, 30)
+
+
+def _calibration(num_abnormal: int = 2) -> calibration.Calibration:
+    return calibration.calibrate(
+        [_healthy(0), _healthy(1, 50)],
+        [_abnormal(seed) for seed in range(2, 2 + num_abnormal)],
+        [0.4, 0.1],
+    )
+
+
+@pytest.mark.parametrize("decimals", [1, 6])
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.1, 0.5])
+def test_healthy_thresholds_attain_the_rate_and_no_lower_score_does(
+    decimals: int, rate: float
+) -> None:
+    volumes = [
+        one._replace(scores=np.round(one.scores, decimals))
+        for one in (_healthy(0), _healthy(1, 123))
+    ]
+    ranking = voxel.rank(voxel.pool(volumes))
+    threshold = calibration.healthy_thresholds(volumes, [rate])[rate]
+    found = voxel.false_positive_rate(voxel.confusion_at(ranking, threshold))
+    assert found <= rate
+    lower = ranking.normal[ranking.normal < np.float32(threshold)].max()
+    beyond = voxel.false_positive_rate(voxel.confusion_at(ranking, lower))
+    assert beyond > rate
+
+
+def test_a_healthy_rate_larger_than_the_scored_share_takes_all() -> None:
+    volume = VoxelScores(np.float32([1, 2]), np.zeros(2, bool), 0, 2)
+    threshold = calibration.healthy_thresholds([volume], [0.5])[0.5]
+    assert threshold < 1
+    with pytest.raises(ValueError, match="at least one healthy scan"):
+        calibration.healthy_thresholds([], [0.1])
+
+
+def test_validated_threshold_is_the_best_pooled_dice_of_validation() -> None:
+    found = _calibration()
+    volumes = [_abnormal(2), _abnormal(3)]
+    expected = voxel.best_dice(voxel.rank(voxel.pool(volumes)))
+    assert (found.validated_dice, found.validated) == expected
+    threshold, said = found.validated_or_healthy(0.05)
+    assert threshold == found.validated
+    assert "2 abnormal validation scans" in said
+
+
+def test_fault_D6_without_abnormal_scans_the_healthy_threshold_is_used_and_said() -> (
+    None
+):
+    found = _calibration(num_abnormal=0)
+    assert found.validated is None
+    threshold, said = found.validated_or_healthy(0.05)
+    assert threshold == found.healthy_fpr[0.05]
+    assert "no annotated abnormal validation scans" in said
+    with pytest.raises(ValueError, match=r"rate of 0\.2"):
+        found.healthy_threshold(0.2)
+
+
+def test_fault_B32_abnormal_scans_with_an_empty_mask_are_not_counted() -> None:
+    empty = _healthy(9)
+    found = calibration.calibrate([_healthy(0)], [empty, _abnormal(2)], [0.1])
+    assert found.num_abnormal == 1
+    assert calibration.calibrate([_healthy(0)], [empty], [0.1]).validated is None
+
+
+def test_score_edges_ascend_and_reach_into_the_tail() -> None:
+    volumes = [_healthy(seed) for seed in range(20)]
+    edges = np.array(calibration.score_edges(volumes, 512))
+    scores = np.concatenate([one.scores for one in volumes])
+    assert (np.diff(edges) > 0).all()
+    assert len(edges) <= 512
+    assert set(edges) <= set(scores.astype(float))
+    assert edges[0] == scores.min()
+    assert edges[-1] == scores.max()
+    top = np.sort(scores)[-100:]
+    assert np.isin(top.astype(float), edges).mean() > 0.5
+    constant = VoxelScores(np.full(9, 2, np.float32), np.zeros(9, bool))
+    assert calibration.score_edges([constant]) == (2.0,)
+
+
+def test_a_file_gives_back_the_same_calibration(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "calibration" / "100" / "behrendt.json"
+    entries = {"model": _calibration(), "raw": _calibration(0)}
+    calibration.save(path, entries)
+    assert calibration.load(path) == entries
+    assert [file.name for file in path.parent.iterdir()] == ["behrendt.json"]
+
+
+def test_a_changed_or_torn_file_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "behrendt.json"
+    calibration.save(path, {"model": _calibration()})
+    text = path.read_text()
+    content = json.loads(text)
+    content["entries"]["model"]["validated"] += 0.1
+    path.write_text(json.dumps(content))
+    with pytest.raises(calibration.CalibrationError, match="own hash"):
+        calibration.load(path)
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(calibration.CalibrationError, match="not a whole"):
+        calibration.load(path)
+    path.write_text(text.replace('"version": 1', '"version": 0'))
+    with pytest.raises(calibration.CalibrationError, match="version 0"):
+        calibration.load(path)

@@ -1,0 +1,138 @@
+"""Streaming voxel metrics from histograms, for sets too large to hold or to sort.
+
+Edges are quantiles of validation scores (`calibration.score_edges`), so that any
+scale of scores will do. Scores that fall into one bin count as tied: AP comes out
+slightly low, AUROC slightly towards 0.5; Dice is exact at every edge. With one bin
+per distinct score all equal `metrics.voxel` exactly.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class VoxelCounts:
+    """Voxel counts per score bin, summed over volumes.
+
+    Attributes:
+      edges: Ascending, [K] float32; bins as in `ops.histogram.bin_index`.
+      bins: [2, K + 1] int64: normal voxels, lesion voxels.
+      outside: Voxels that are not scored and rank lowest, [2] int64: normal, lesion.
+      num_volumes: Volumes added.
+    """
+
+    edges: np.ndarray
+    bins: np.ndarray
+    outside: np.ndarray
+    num_volumes: int = 0
+
+    @classmethod
+    def empty(cls, edges: np.ndarray) -> "VoxelCounts":
+        """Starts with no voxels.
+
+        Raises:
+          ValueError: If the edges do not ascend.
+        """
+        edges = np.asarray(edges, np.float32)
+        if edges.ndim != 1 or not len(edges) or not (np.diff(edges) > 0).all():
+            raise ValueError(
+                "Histogram edges must be distinct and ascending, with at least one. "
+                "Take them from calibration.score_edges."
+            )
+        bins = np.zeros((2, len(edges) + 1), np.int64)
+        return cls(edges, bins, np.zeros(2, np.int64))
+
+    def add(self, counts: np.ndarray, outside: np.ndarray) -> None:
+        """Adds volumes.
+
+        Args:
+          counts: [B, 2, K + 1] integers from `ops.histogram.counts`.
+          outside: Voxels of each volume that are not scored, [B, 2] integers:
+            normal, lesion.
+        """
+        if counts.shape[1:] != self.bins.shape or outside.shape != (len(counts), 2):
+            raise ValueError(
+                f"Expected counts [B, {self.bins.shape[0]}, {self.bins.shape[1]}] and "
+                f"outside [B, 2], found {counts.shape} and {outside.shape}."
+            )
+        self.bins += counts.sum(axis=0, dtype=np.int64)
+        self.outside += outside.sum(axis=0, dtype=np.int64)
+        self.num_volumes += len(counts)
+
+    def merge(self, other: "VoxelCounts") -> "VoxelCounts":
+        """Sums the counts of two parts of a set.
+
+        Raises:
+          ValueError: If their edges differ.
+        """
+        if not np.array_equal(self.edges, other.edges):
+            raise ValueError(
+                "Histograms with different edges cannot be merged. Use the edges of "
+                "one calibration for all parts."
+            )
+        return VoxelCounts(
+            self.edges,
+            self.bins + other.bins,
+            self.outside + other.outside,
+            self.num_volumes + other.num_volumes,
+        )
+
+    def average_precision(self) -> float:
+        """Average precision, pooled; NaN without lesion voxels."""
+        return float(average_precision(self.bins, self.outside))
+
+    def auroc(self) -> float:
+        """Area under the ROC curve, pooled; NaN if either kind is absent."""
+        return float(auroc(self.bins, self.outside))
+
+    def best_dice(self) -> tuple[float, float]:
+        """Largest pooled Dice over the edges, and its edge.
+
+        Returns:
+          Dice and threshold, to be used as `score > threshold`; (NaN, NaN) without
+          lesion voxels.
+        """
+        total = self.bins[1].sum() + self.outside[1]
+        if not total:
+            return float("nan"), float("nan")
+        # Above edge i lie the bins after i.
+        fp, tp = np.cumsum(self.bins[:, ::-1], axis=1)[:, -2::-1]
+        values = 2 * tp / (total + tp + fp)
+        best = len(values) - 1 - int(np.argmax(values[::-1]))
+        return float(values[best]), float(self.edges[best])
+
+
+def average_precision(bins: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Average precision of histograms; the scores of a bin are tied.
+
+    Args:
+      bins: [..., 2, K + 1]: normal, lesion; counts or non-negative weights.
+      outside: [..., 2] voxels that rank lowest.
+
+    Returns:
+      [...] float64; NaN without lesion voxels.
+    """
+    steps, tp, fp = _descending(bins, outside)
+    with np.errstate(invalid="ignore"):
+        at = np.where(tp + fp > 0, tp / (tp + fp), 0.0)
+        return np.sum(steps * at, axis=-1) / tp[..., -1]
+
+
+def auroc(bins: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """AUROC of histograms; arguments as of `average_precision`."""
+    steps, tp, fp = _descending(bins, outside)
+    total = fp[..., -1:]
+    before = np.concatenate([np.zeros_like(total), fp[..., :-1]], axis=-1)
+    won = np.sum(steps * (total - 0.5 * (before + fp)), axis=-1)
+    with np.errstate(invalid="ignore"):
+        return won / (tp[..., -1] * fp[..., -1])
+
+
+def _descending(
+    bins: np.ndarray, outside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    every = np.concatenate([np.asarray(outside)[..., None], bins], axis=-1)
+    every = every[..., ::-1].astype(np.float64)  # exact below 2**53 voxels
+    summed = np.cumsum(every, axis=-1)
+    return every[..., 1, :], summed[..., 1, :], summed[..., 0, :]
