@@ -1,34 +1,30 @@
 """Checkpoints of a run: saved asynchronously, hashed, verified, never half-there.
 
-A save goes through three names. Orbax writes `<step>.saving`; when its commit is
-through, a background thread adds a note (metrics, leaf table) and the hash manifest;
-only then is the directory renamed to `<step>`. Whatever kills the process leaves
-either a complete step or a name that is ignored and cleaned up at the next start.
+Orbax writes `<step>.saving`. When its commit is through, a background thread adds a
+note and the hash manifest, and only then renames the directory to `<step>`. Whatever
+kills the process leaves a complete step, or a name that is ignored and cleared away
+at the next start.
 """
 
 import json
 import math
 import pathlib
-import re
 import shutil
 import threading
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
 from uad_jax import integrity
+from uad_jax import leaves as leaves_lib
 from uad_jax.types import ModelState, TrainState
 
-_SAVING = ".saving"
-_DELETING = ".deleting"
-
-T = TypeVar("T")
+_NOTE = "note.json"  # step, metrics, shape and dtype of every leaf
 
 
 class CheckpointError(RuntimeError):
@@ -70,7 +66,7 @@ class Checkpoints:
         self._pending: int | None = None
         if not read_only and _is_primary():
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._clear_leftovers()
+            integrity.clear_leftovers(self.directory)
 
     def steps(self) -> list[int]:
         """Complete steps, oldest first: manifest readable, every listed file there.
@@ -110,7 +106,7 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that were saved with a step."""
-        return self._meta(step)["metrics"]
+        return self._note(step)["metrics"]
 
     def save(
         self, step: int, state: TrainState, *, metrics: Mapping[str, float] | None
@@ -134,24 +130,24 @@ class Checkpoints:
         if self._read_only:
             raise CheckpointError(f"{self.directory} was opened read-only.")
         self.wait()
-        leaves = integrity.flatten(state)
+        leaves = leaves_lib.flatten(state)
+        note = {
+            "step": step,
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "leaves": leaves_lib.table(leaves),
+        }
         with jax.transfer_guard("allow"):
             self._refuse_non_finite(step, leaves)
             if not self._make_room(step):
                 return False
-            meta = {
-                "step": step,
-                "metrics": {k: float(v) for k, v in (metrics or {}).items()},
-                "leaves": integrity.leaf_table(leaves),
-            }
-            staged = self._path(step, _SAVING)
+            staged = self._staged(step)
             try:
                 self._orbax.save(staged, args=ocp.args.PyTreeSave(leaves))
             except Exception as error:
                 raise self._save_failed(step, error) from error
         self._pending = step
         self._publisher = threading.Thread(
-            target=self._publish, args=(step, meta), name=f"publish-{step}"
+            target=self._publish, args=(step, note), name=f"publish-{step}"
         )
         self._publisher.start()
         return True
@@ -207,13 +203,12 @@ class Checkpoints:
         Raises:
           CheckpointError: If there is no sound step, or the state does not fit it.
         """
-        step = self._sound_step(step)
-        wanted = integrity.flatten(abstract)
-        stored = integrity.stored_table(self._meta(step))
+        step, stored = self.verified(step)
+        wanted = leaves_lib.flatten(abstract)
         self._check_fit(step, wanted, stored, allow_cast, describe)
-        leaves = self._load(step, wanted)
+        found = self.read(step, wanted)
         logging.info("Restored step %d of %s.", step, self.directory)
-        return _unflatten(abstract, leaves), step
+        return leaves_lib.unflatten(abstract, found), step
 
     def restore_model(
         self,
@@ -227,47 +222,56 @@ class Checkpoints:
 
         The optimiser's state is not read.
         """
-        step = self._sound_step(step)
-        stored = integrity.stored_table(self._meta(step))
-        wanted = {
-            f"model/{path}": leaf
-            for path, leaf in integrity.flatten(abstract_model).items()
-        }
-        model = {k: v for k, v in stored.items() if k.startswith("model/")}
+        step, stored = self.verified(step)
+        flat = leaves_lib.flatten(abstract_model)
+        wanted = {f"model/{path}": leaf for path, leaf in flat.items()}
+        model = {path: x for path, x in stored.items() if path.startswith("model/")}
         self._check_fit(step, wanted, model, allow_cast, describe)
-        sources = {path: eval_source(path, stored) for path in wanted}
-        leaves = self._load(step, {sources[path]: x for path, x in wanted.items()})
+        origin = {path: leaves_lib.averaged(f"model/{path}", stored) for path in flat}
+        found = self.read(step, {origin[path]: leaf for path, leaf in flat.items()})
         logging.info("Restored the model of step %d of %s.", step, self.directory)
-        found = {
-            path.removeprefix("model/"): leaves[source]
-            for path, source in sources.items()
-        }
-        return _unflatten(abstract_model, found)
+        return leaves_lib.unflatten(
+            abstract_model, {path: found[source] for path, source in origin.items()}
+        )
 
-    def stored_leaves(self, step: int | None = None) -> tuple[int, integrity.LeafTable]:
-        """Verifies a step and tells shape and dtype of its leaves."""
-        step = self._sound_step(step)
-        return step, integrity.stored_table(self._meta(step))
+    def verified(self, step: int | None = None) -> tuple[int, leaves_lib.LeafTable]:
+        """Verifies a step (None = the newest sound one) and lists its leaves.
 
-    def load(self, step: int, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Reads single leaves of a verified step by their path.
+        Returns:
+          The step, and path -> (shape, dtype) of everything stored in it.
 
-        Args:
-          step: A step that `stored_leaves` returned.
-          leaves: Path -> `jax.ShapeDtypeStruct` with a sharding.
+        Raises:
+          CheckpointError: See `restore`.
         """
-        return self._load(step, leaves)
+        step = self._agree_on_step(step)
+        stored = self._note(step)["leaves"]
+        return step, {
+            path: (tuple(shape), kind) for path, (shape, kind) in stored.items()
+        }
 
-    def _path(self, step: int, suffix: str = "") -> pathlib.Path:
-        return self.directory / f"{step}{suffix}"
-
-    def _meta(self, step: int) -> dict[str, Any]:
+    def read(self, step: int, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Reads some leaves of a verified step: path -> abstract leaf with sharding."""
+        leaves_lib.require_shardings(wanted)
         try:
-            return integrity.read_meta(self._path(step))
-        except (OSError, ValueError) as error:
+            return leaves_lib.read(self._path(step), wanted)
+        except Exception as error:
             raise CheckpointError(
-                f"{self._path(step) / integrity.META}: {error}"
+                f"{self._path(step)}: every file is as it was saved, but it cannot be "
+                f"restored here: {error}"
             ) from error
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _staged(self, step: int) -> pathlib.Path:
+        return self.directory / f"{step}{integrity.SAVING}"
+
+    def _note(self, step: int) -> dict[str, Any]:
+        path = self._path(step) / _NOTE
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def _loss(self, step: int) -> float:
         try:
@@ -275,27 +279,12 @@ class Checkpoints:
         except (CheckpointError, TypeError, ValueError):
             return math.nan
 
-    def _clear_leftovers(self) -> None:
-        pattern = re.compile(rf"\d+(\{_SAVING}.*|\{_DELETING})")
-        for path in self.directory.iterdir():
-            if pattern.fullmatch(path.name) and path.is_dir():
-                logging.info("Removing %s, left by an interrupted run.", path)
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _refuse_non_finite(self, step: int, leaves: Mapping[str, jax.Array]) -> None:
-        checked = {
-            path: leaf
-            for path, leaf in leaves.items()
-            if path.startswith(("model/", "ema/"))
-            and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        }
-        if not checked:
-            return
-        finite = np.asarray(jax.device_get(_all_finite(list(checked.values()))))
-        bad = [path for path, ok in zip(checked, finite, strict=True) if not ok]
+    def _refuse_non_finite(self, step: int, state: dict[str, jax.Array]) -> None:
+        model = {k: x for k, x in state.items() if k.startswith(("model/", "ema/"))}
+        bad = leaves_lib.non_finite(model)
         if bad:
             raise CheckpointError(
-                f"Step {step} is not saved: NaN or Inf in {len(bad)} of {len(checked)} "
+                f"Step {step} is not saved: NaN or Inf in {len(bad)} of {len(model)} "
                 f"leaves: {', '.join(bad)}. The steps before are untouched."
             )
 
@@ -307,8 +296,8 @@ class Checkpoints:
             for newer in integrity.step_dirs(self.directory):
                 if newer > step:
                     logging.warning("Rollback to step %d deletes step %d.", step, newer)
-                    self._delete(newer)
-            shutil.rmtree(self._path(step, _SAVING), ignore_errors=True)
+                    integrity.delete(self._path(newer))
+            shutil.rmtree(self._staged(step), ignore_errors=True)
             if not there and self._path(step).exists():
                 aside = integrity.quarantine(self._path(step))
                 logging.warning("An incomplete step %d is now %s.", step, aside.name)
@@ -316,14 +305,14 @@ class Checkpoints:
             logging.warning("Step %d is saved already; it is left as it is.", step)
         return not there
 
-    def _publish(self, step: int, meta: dict[str, Any]) -> None:
+    def _publish(self, step: int, note: dict[str, Any]) -> None:
         try:
             self._orbax.wait_until_finished()
             if not _is_primary():
                 return
-            staged = self._path(step, _SAVING)
-            note = json.dumps(meta, indent=1, sort_keys=True)
-            (staged / integrity.META).write_text(note, encoding="utf-8")
+            staged = self._staged(step)
+            text = json.dumps(note, indent=1, sort_keys=True)
+            (staged / _NOTE).write_text(text, encoding="utf-8")
             integrity.write_manifest(staged)
             staged.rename(self._path(step))
             integrity.sync_directory(self.directory)
@@ -338,18 +327,11 @@ class Checkpoints:
             kept |= {step for step in steps if step % self._keep_every == 0}
         for step in steps:
             if step not in kept:
-                self._delete(step)
-
-    def _delete(self, step: int) -> None:
-        # Renamed first, so that a kill half-way leaves no step that looks damaged.
-        doomed = self._path(step, _DELETING)
-        shutil.rmtree(doomed, ignore_errors=True)
-        self._path(step).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+                integrity.delete(self._path(step))
 
     def _save_failed(self, step: int, error: BaseException) -> CheckpointError:
         if _is_primary():
-            for path in self.directory.glob(f"{step}{_SAVING}*"):
+            for path in self.directory.glob(f"{self._staged(step).name}*"):
                 shutil.rmtree(path, ignore_errors=True)
         free = shutil.disk_usage(self.directory).free
         return CheckpointError(
@@ -357,13 +339,15 @@ class Checkpoints:
             f"{error}. The complete steps are {self.steps()}."
         )
 
-    def _sound_step(self, step: int | None) -> int:
+    def _agree_on_step(self, step: int | None) -> int:
         """Picks and verifies a step on process 0; all processes get the same one."""
         self.wait()
         found, error = -1, None
         if _is_primary():
             try:
-                found = self._newest_sound() if step is None else self._verified(step)
+                found = (
+                    self._newest_sound() if step is None else self._check_sound(step)
+                )
             except CheckpointError as problem:
                 error = problem
         if jax.process_count() > 1:
@@ -374,7 +358,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: process 0 found no sound step.")
         return found
 
-    def _verified(self, step: int) -> int:
+    def _check_sound(self, step: int) -> int:
         if not self._path(step).is_dir():
             raise CheckpointError(
                 f"{self.directory} has no step {step}. Complete steps: {self.steps()}."
@@ -419,12 +403,12 @@ class Checkpoints:
         self,
         step: int,
         wanted: Mapping[str, Any],
-        stored: integrity.LeafTable,
+        stored: leaves_lib.LeafTable,
         allow_cast: bool,
         describe: str,
     ) -> None:
-        lines = integrity.differences(
-            integrity.leaf_table(wanted), stored, allow_cast=allow_cast
+        lines = leaves_lib.differences(
+            leaves_lib.table(wanted), stored, allow_cast=allow_cast
         )
         if lines:
             reason = f" ({describe})" if describe else ""
@@ -433,47 +417,6 @@ class Checkpoints:
                 + "\n  ".join(lines)
                 + "\nUse the config that the checkpoint was trained with."
             )
-
-    def _load(self, step: int, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-        bare = [path for path, x in wanted.items() if x.sharding is None]
-        if bare:
-            raise ValueError(
-                f"{len(bare)} leaves have no sharding, such as {bare[0]}. "
-                "Attach them with mesh.with_shardings."
-            )
-        wanted = dict(wanted)
-        request = ocp.args.PyTreeRestore(
-            wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,  # other leaves of the step are not read
-        )
-        try:
-            with (
-                jax.transfer_guard("allow"),
-                ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
-            ):
-                return reader.restore(self._path(step), args=request)
-        except Exception as error:
-            raise CheckpointError(
-                f"{self._path(step)}: every file is as it was saved, but it cannot be "
-                f"restored here: {error}"
-            ) from error
-
-
-def eval_source(path: str, stored: Mapping[str, Any]) -> str:
-    """Where a model leaf comes from in evaluation: its average, or itself."""
-    averaged = path.replace("model/params/", "ema/", 1)
-    return averaged if averaged in stored else path
-
-
-def _unflatten(like: T, leaves: Mapping[str, jax.Array]) -> T:
-    order = integrity.flatten(like)
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[k] for k in order])
-
-
-@jax.jit
-def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
 
 
 def _is_primary() -> bool:

@@ -1,4 +1,4 @@
-"""What makes a checkpoint directory trustworthy: names, hashes and leaf tables.
+"""What makes a checkpoint directory trustworthy: its name and its hashes.
 
 A step lives in `<directory>/<step>/`. Its `MANIFEST.sha256` lists every other file
 in the format of `sha256sum`, so `sha256sum -c MANIFEST.sha256` checks a step by hand.
@@ -6,23 +6,18 @@ A step without a manifest is not complete.
 """
 
 import hashlib
-import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+import shutil
 
-import jax
-
-from uad_jax.types import Tree
+from absl import logging
 
 MANIFEST = "MANIFEST.sha256"
-META = "meta.json"
+SAVING = ".saving"  # follows the step while it is written
+_DELETING = ".deleting"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _STEP = re.compile(r"0|[1-9][0-9]*")
-
-LeafTable = dict[str, tuple[tuple[int, ...], str]]  # path -> (shape, dtype)
 
 
 def step_dirs(directory: pathlib.Path) -> list[int]:
@@ -53,6 +48,23 @@ def quarantine(step_dir: pathlib.Path) -> pathlib.Path:
         count += 1
     step_dir.rename(target)
     return target
+
+
+def delete(step_dir: pathlib.Path) -> None:
+    """Deletes a step; a kill half-way leaves nothing that looks like a damaged one."""
+    doomed = step_dir.with_name(f"{step_dir.name}{_DELETING}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    step_dir.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(directory: pathlib.Path) -> None:
+    """Removes what interrupted saves and deletions left behind."""
+    pattern = re.compile(rf"[0-9]+(\{SAVING}.*|\{_DELETING})")
+    for path in directory.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir():
+            logging.info("Removing %s, left by an interrupted run.", path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_manifest(step_dir: pathlib.Path) -> None:
@@ -114,69 +126,6 @@ def problems(step_dir: pathlib.Path) -> list[str]:
         if changed:
             found.append(f"{name} has changed since it was saved")
     return found
-
-
-def read_meta(step_dir: pathlib.Path) -> dict[str, Any]:
-    """Reads what was noted beside the arrays: step, metrics and leaf table.
-
-    Raises:
-      OSError, ValueError: If the file cannot be read or is not what was written.
-    """
-    meta = json.loads((step_dir / META).read_text(encoding="utf-8"))
-    if not isinstance(meta, dict) or {"step", "metrics", "leaves"} - meta.keys():
-        raise ValueError(f"{META} is not the note of a checkpoint.")
-    return meta
-
-
-def flatten(tree: Tree) -> dict[str, Any]:
-    """Flattens a tree to {"model/params/encoder/kernel": leaf}."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-
-
-def leaf_table(leaves: Mapping[str, Any]) -> LeafTable:
-    """Shape and dtype of every leaf of a flattened tree."""
-    return {path: (tuple(x.shape), str(x.dtype)) for path, x in leaves.items()}
-
-
-def stored_table(meta: dict[str, Any]) -> LeafTable:
-    """The leaf table of a step, as read back from its note."""
-    return {
-        path: (tuple(shape), dtype) for path, (shape, dtype) in meta["leaves"].items()
-    }
-
-
-def differences(
-    expected: LeafTable, found: LeafTable, *, allow_cast: bool = False
-) -> list[str]:
-    """Lists every leaf in which a checkpoint differs from what is asked of it.
-
-    Args:
-      expected: The leaves that the model has.
-      found: The leaves that the checkpoint has.
-      allow_cast: Whether another dtype is acceptable.
-
-    Returns:
-      One line per leaf: "path: expected (64,) float32, found (96,) float32".
-    """
-    lines = []
-    for path in sorted(expected.keys() | found.keys()):
-        wanted, stored = expected.get(path), found.get(path)
-        if wanted is None:
-            lines.append(f"{path}: not in the model, found {_spell(stored)}")
-        elif stored is None:
-            lines.append(f"{path}: expected {_spell(wanted)}, not in the checkpoint")
-        elif wanted[0] != stored[0] or (wanted[1] != stored[1] and not allow_cast):
-            lines.append(f"{path}: expected {_spell(wanted)}, found {_spell(stored)}")
-    return lines
-
-
-def _spell(leaf: tuple[tuple[int, ...], str] | None) -> str:
-    assert leaf is not None
-    return f"{leaf[0]} {leaf[1]}"
 
 
 def _files(step_dir: pathlib.Path) -> set[str]:

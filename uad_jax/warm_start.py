@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from uad_jax import checkpoint, integrity
+from uad_jax import checkpoint
+from uad_jax import leaves as leaves_lib
 from uad_jax import mesh as mesh_lib
 from uad_jax.types import TrainState
 
@@ -38,7 +39,7 @@ def warm_start(
         in another shape or dtype, and every leaf that two entries claim.
       CheckpointError: If a source cannot be read.
     """
-    leaves = integrity.flatten(state)
+    leaves = leaves_lib.flatten(state)
     model = [path for path in leaves if path.startswith("model/")]
     filled: dict[str, jax.Array] = {}
     for directory, step, source_prefix, target_prefix in entries:
@@ -89,14 +90,14 @@ def _read(
     store = checkpoint.Checkpoints(directory, read_only=True)
     try:
         chosen = store.best() if step < 0 else step
-        chosen, stored = store.stored_leaves(chosen)
+        chosen, stored = store.verified(chosen)
         origin = {
-            target: checkpoint.eval_source(source, stored)
+            target: leaves_lib.averaged(source, stored)
             for target, source in sources.items()
         }
-        expected = integrity.leaf_table({t: leaves[t] for t in sources})
+        expected = leaves_lib.table({t: leaves[t] for t in sources})
         found = {t: stored[o] for t, o in origin.items() if o in stored}
-        wrong = integrity.differences(expected, found)
+        wrong = leaves_lib.differences(expected, found)
         if wrong:
             raise ValueError(
                 f"Warm start from step {chosen} of {directory} does not fit:\n  "
@@ -110,7 +111,7 @@ def _read(
             )
             for t, o in origin.items()
         }
-        values = store.load(chosen, wanted)
+        values = store.read(chosen, wanted)
     finally:
         store.close()
     logging.info(
