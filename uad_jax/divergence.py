@@ -1,0 +1,72 @@
+"""What happens when training leaves the finite numbers."""
+
+import math
+import pathlib
+from typing import NoReturn
+
+import numpy as np
+import optax
+
+from uad_jax import distributed, workdir
+from uad_jax.types import Tree
+
+
+class Diverged(FloatingPointError):
+    """The loss, a gradient or a parameter is NaN or infinite."""
+
+
+def first_bad(scalars: dict[str, np.ndarray]) -> int | None:
+    """Index of the first step of a call with a NaN or Inf, None if there is none.
+
+    Args:
+      scalars: Name -> values of the steps of the call, [number of steps].
+    """
+    bad = np.stack([~np.isfinite(values) for values in scalars.values()]).any(axis=0)
+    return int(np.argmax(bad)) if bad.any() else None
+
+
+def norms(params: dict[str, Tree]) -> dict[str, float]:
+    """Global norm of each network's parameters."""
+    return {name: float(optax.tree.norm(tree)) for name, tree in params.items()}
+
+
+def stop(
+    dump: pathlib.Path,
+    step: int,
+    scalars: dict[str, float],
+    ids: list[tuple[int, int]],
+    params: dict[str, Tree],
+) -> NoReturn:
+    """Writes down what is known and ends the run.
+
+    Args:
+      dump: Directory that gets `step_<step>.json` (NaN and Inf as words).
+      step: The step, counted from 1, whose numbers are not finite.
+      scalars: Its scalars, the gradient norm among them.
+      ids: (uid, slice index) of the rows of its batch.
+      params: The live parameters, after the update.
+
+    Raises:
+      Diverged: Always.
+    """
+    path = dump / f"step_{step}.json"
+    if distributed.is_main():
+        note = {
+            "step": step,
+            "scalars": {name: _plain(value) for name, value in scalars.items()},
+            "parameter_norms": {
+                name: _plain(value) for name, value in norms(params).items()
+            },
+            "batch": [{"uid": int(uid), "slice_index": int(z)} for uid, z in ids],
+        }
+        workdir.write_json(path, note)
+    bad = {name: value for name, value in scalars.items() if not math.isfinite(value)}
+    raise Diverged(
+        f"Step {step}: {', '.join(f'{k} = {v}' for k, v in bad.items())}. The batch's "
+        f"ids and the norms are in {path}; the last finite checkpoint is kept. Look at "
+        "the volumes named there, lower the learning rate, or set clip_norm."
+    )
+
+
+def _plain(value: float) -> float | str:
+    return float(value) if math.isfinite(value) else str(float(value))

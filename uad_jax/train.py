@@ -1,0 +1,311 @@
+"""Training, from a config and a workdir to a finished run. Reads from top to bottom."""
+
+import contextlib
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from uad_jax import checkpoint as checkpoint_lib
+from uad_jax import config as config_lib
+from uad_jax import cost as cost_lib
+from uad_jax import distributed, loop, programs, signals
+from uad_jax import mesh as mesh_lib
+from uad_jax import progress as progress_lib
+from uad_jax import warm_start as warm_start_lib
+from uad_jax import workdir as workdir_lib
+from uad_jax.config import ExperimentConfig
+from uad_jax.data import pipeline, sources
+from uad_jax.loop import TrainResult
+from uad_jax.methods.base import Inputs, Method, RunShape
+from uad_jax.types import Batch, ModelState, TrainState
+
+EXIT_PREEMPTED = 143  # status of a process that a signal stopped after it saved
+CHECKPOINTS = "checkpoints"
+SHAPES = "shapes.json"  # what is needed to rebuild the model without the data
+
+_VALIDATION_SEED = 0  # not the run's: losses of different seeds compare
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    *,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    accept_data_change: bool = False,
+) -> TrainResult:
+    """Trains a method, or goes on from where the workdir stands, to the same bits.
+
+    Args:
+      config: The experiment.
+      workdir: Directory of the run: checkpoints, metrics, and descriptions of the
+        config, the environment and the data.
+      mesh: Devices to train on; default: all of them.
+      progress: Whether to show a progress bar (on a terminal) or lines.
+      accept_data_change: Go on although the training data are not those that the
+        run began with.
+
+    Raises:
+      ValueError: If the config cannot work with this data or these devices.
+      workdir.WorkdirError: If the workdir is in use, not writable, or of another run.
+      checkpoint.CheckpointError: If a checkpoint cannot be saved or restored.
+      divergence.Diverged: If a loss or a gradient is NaN or infinite.
+      cost.OutOfDeviceMemory: If a step does not fit on the devices.
+    """
+    config_lib.validate(config)
+    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    _check_rows(config, mesh)
+    with signals.StopSignal() as stop, workdir_lib.opened(workdir):
+        workdir_lib.check_config(workdir, config_lib.to_dict(config))
+        workdir_lib.write_environment(workdir)
+        checkpoints = checkpoint_lib.Checkpoints(
+            workdir / CHECKPOINTS,
+            keep=config.train.keep_checkpoints,
+            keep_every=config.train.keep_every,
+        )
+        with contextlib.closing(checkpoints):
+            finished = _finished(config, checkpoints)
+            if finished is not None:
+                logging.info(
+                    "%s is finished (%s at step %d of %d): nothing left to train.",
+                    workdir,
+                    finished.stopped,
+                    finished.step,
+                    config.total_steps,
+                )
+                return finished
+            with cost_lib.explained(config.batch_size, mesh):
+                run, method = _prepare(
+                    config, workdir, mesh, checkpoints, accept_data_change
+                )
+                with run.watch.charge("compile"):
+                    state, start, record = _first_state(run, method)
+            with cost_lib.explained(config.batch_size, mesh, run.programs.cost):
+                return loop.loop(run, state, start, record, stop, progress)
+
+
+def load_model(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Method, ModelState, int]:
+    """Restores the model of a run, wherever it was trained. Changes nothing there.
+
+    Args:
+      config: The experiment as it was trained.
+      workdir: Directory of the run.
+      step: Checkpoint; None = the best, or the latest if it never validated.
+      mesh: Where the model goes; default: all devices.
+
+    Returns:
+      The method, its model for evaluation (EMA where there is one), and the step.
+
+    Raises:
+      checkpoint.CheckpointError: If the step is missing, damaged or of another model.
+      workdir.WorkdirError: If this is not the workdir of a run.
+    """
+    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    shapes = workdir_lib.read_json(workdir / SHAPES)
+    method = config.method.make(RunShape(**shapes["run"]))
+    abstract = programs.abstract_state(method, _spec_from_json(shapes["batch"]), mesh)
+    checkpoints = checkpoint_lib.Checkpoints(workdir / CHECKPOINTS, read_only=True)
+    with contextlib.closing(checkpoints):
+        if step is None:
+            step = checkpoints.best()
+        if step is None:
+            step = checkpoints.latest()
+        if step is None:
+            raise checkpoint_lib.CheckpointError(
+                f"{workdir / CHECKPOINTS} holds no checkpoint. Train first."
+            )
+        model = checkpoints.restore_model(abstract.for_eval(), step)
+    return method, model, step
+
+
+def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
+    if config.batch_size % mesh.size:
+        below = config.batch_size // mesh.size * mesh.size
+        raise ValueError(
+            f"A batch_size of {config.batch_size} cannot be split over {mesh.size} "
+            f"devices. Use {f'{below} or ' if below else ''}{below + mesh.size}."
+        )
+
+
+def _finished(
+    config: ExperimentConfig, checkpoints: checkpoint_lib.Checkpoints
+) -> TrainResult | None:
+    """The result of a run that has nothing left to do, else None."""
+    step = checkpoints.latest()
+    if step is None:
+        return None
+    record = loop.Record.saved(checkpoints.metrics(step))
+    if step >= config.total_steps:
+        return record.result(step, "done")
+    if record.out_of_patience(config.train.patience):
+        return record.result(step, "patience")
+    return None
+
+
+def _prepare(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    checkpoints: checkpoint_lib.Checkpoints,
+    accept_data_change: bool,
+) -> tuple[loop.Run, Method]:
+    """Opens the data, builds the method and compiles its programs."""
+    watch = progress_lib.Stopwatch()
+    store = sources.Store.open(config.data.store)
+    shape = RunShape(config.total_steps, 1, config.batch_size)
+    inputs = config.method.make(shape).inputs
+    stream = pipeline.train_stream(
+        store,
+        config.data,
+        inputs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mesh=mesh,
+    )
+    workdir_lib.check_fingerprint(
+        workdir, _describe_data(store, stream), accept_change=accept_data_change
+    )
+    shape = shape._replace(steps_per_epoch=stream.steps_per_epoch)
+    method = config.method.make(shape)
+    spec = stream.spec()
+    if distributed.is_main():
+        workdir_lib.write_json(
+            workdir / SHAPES, {"run": shape._asdict(), "batch": _spec_to_json(spec)}
+        )
+    validation = _validation(config, store, inputs, mesh)
+    with watch.charge("compile"):
+        built = programs.build(
+            method, spec, validation, mesh, _steps_per_call(config, mesh)
+        )
+    rows = spec.valid.size
+    logging.info(
+        "Compiled in %.1f s: %.3g FLOPs per slice, %.2f GiB per device.",
+        watch.seconds["compile"],
+        built.cost.flops / rows,
+        built.cost.total_bytes / 2**30,
+    )
+    run = loop.Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        stream=stream,
+        validation=validation,
+        programs=built,
+        checkpoints=checkpoints,
+        watch=watch,
+    )
+    return run, method
+
+
+def _describe_data(
+    store: sources.Store, stream: pipeline.TrainStream
+) -> dict[str, Any]:
+    """What the training data are: compared at every start, with names for people."""
+    return {
+        "fingerprint": stream.fingerprint,
+        "recipe": store.recipe,
+        "licences": sorted({volume.licence for volume in stream.volumes}),
+        "subjects": {volume.subject: volume.content for volume in stream.volumes},
+    }
+
+
+def _steps_per_call(config: ExperimentConfig, mesh: Mesh) -> int:
+    wanted = config.train.steps_per_call
+    if wanted > 1 and mesh.devices.flat[0].platform == "cpu":
+        logging.warning(
+            "train.steps_per_call = %d is taken as 1 on a CPU, where convolution "
+            "gradients inside a scan run 20 to 40 times slower.",
+            wanted,
+        )
+        return 1
+    return wanted
+
+
+def _validation(
+    config: ExperimentConfig, store: sources.Store, inputs: Inputs, mesh: Mesh
+) -> list[Batch]:
+    """The fixed validation batches: healthy volumes only; none if there are none."""
+    volumes = [
+        volume
+        for volume in pipeline.select(store, config.data, "val")
+        if volume.label == "healthy"
+    ]
+    if not volumes:
+        logging.warning(
+            "%s has no healthy validation volumes: nothing selects a best checkpoint.",
+            config.data.store,
+        )
+        return []
+    return pipeline.validation_batches(
+        store,
+        volumes,
+        inputs,
+        batch_size=config.batch_size,
+        num_slices=config.train.validation_slices,
+        seed=_VALIDATION_SEED,
+        mesh=mesh,
+        modalities=config.data.modalities,
+    )
+
+
+def _first_state(run: loop.Run, method: Method) -> tuple[TrainState, int, loop.Record]:
+    """The state to go on from: own checkpoint, else warm start, else scratch."""
+    config, spec = run.config, run.stream.spec()
+    if run.checkpoints.latest() is not None:
+        abstract = programs.abstract_state(method, spec, run.mesh)
+        state, start = run.checkpoints.restore(abstract)
+        record = loop.Record.saved(run.checkpoints.metrics(start))
+        origin = f"resumed at step {start}"
+    else:
+        state, start, record = (
+            programs.init(method, spec, config.seed, run.mesh),
+            0,
+            loop.Record(),
+        )
+        origin = "from scratch"
+        entries = [
+            (entry.workdir, entry.step, entry.source_prefix, entry.target_prefix)
+            for entry in config.train.warm_start
+        ]
+        if entries:
+            state, fresh = warm_start_lib.warm_start(state, entries, run.mesh)
+            origin = f"warm start, {len(fresh)} leaves fresh"
+    if start % run.programs.steps_per_call:
+        raise ValueError(
+            f"The checkpoint is of step {start}, not a multiple of "
+            f"train.steps_per_call = {run.programs.steps_per_call}. Use steps_per_call "
+            "= 1 until a multiple was saved."
+        )
+    if distributed.is_main():
+        overview = parameter_overview.get_parameter_overview(state.model.params)
+        logging.info(
+            "%s: %s, to step %d.\n%s", run.workdir, origin, config.total_steps, overview
+        )
+    return state, start, record
+
+
+def _spec_to_json(spec: Batch) -> dict[str, Any]:
+    return {
+        field.name: [list(leaf.shape), str(leaf.dtype)]
+        for field in dataclasses.fields(spec)
+        if (leaf := getattr(spec, field.name)) is not None
+    }
+
+
+def _spec_from_json(stored: dict[str, Any]) -> Batch:
+    fields: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        for name, (shape, dtype) in stored.items()
+    }
+    return Batch(**fields)
