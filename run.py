@@ -44,8 +44,8 @@ _IGNORE_AFFINE = flags.DEFINE_bool(
 _NAN = flags.DEFINE_enum(
     "nan", "error", ["error", "zero"], "What to do with NaN and Inf voxels."
 )
-_ASSUME_ORIENTATION = flags.DEFINE_bool(
-    "assume_orientation", False, "Trust files that carry no orientation."
+_ASSUME_ORIENTATION = flags.DEFINE_string(
+    "assume_orientation", "", "Axes of files that do not say theirs, such as RAS."
 )
 _REFERENCE = flags.DEFINE_bool(
     "reference", False, "Keep the published splits' duplicates and leaks."
@@ -97,16 +97,17 @@ def _check_data() -> int:
 
 
 def _train() -> int:
-    from uad_jax import train
+    from uad_jax import distributed, train
 
     _need("config", "workdir")
+    if _DISTRIBUTED.value:
+        distributed.initialize()
     config = _CONFIG.value
     config.source = config_flags.get_config_filename(flags.FLAGS["config"])
     result = train.train(
         config,
         pathlib.Path(_WORKDIR.value),
         accept_data_change=_ACCEPT_DATA_CHANGE.value,
-        distributed=_DISTRIBUTED.value,
     )
     return train.EXIT_PREEMPTED if result.stopped == "preempted" else 0
 
@@ -154,6 +155,18 @@ def _stored_config(argv: list[str]) -> dict[str, Any] | None:
     return None
 
 
+def _unknown_fields(argv: list[str]) -> str:
+    """Names overrides of fields that the config does not have, and the nearest ones."""
+    from configs import _parts
+
+    chosen = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+    config = config_flags.ConfigFileFlagParser("config").parse(chosen[-1])
+    known = set(_parts.field_paths(config))
+    keys = [arg[2:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
+    unknown = [key for key in keys if key.removeprefix("config.") not in known]
+    return "\n".join(_parts.nearest_field_error(config, key) for key in unknown)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; `evaluate` takes the config from the run's workdir."""
     stored = _stored_config(argv) if argv[1:2] == ["evaluate"] else None
@@ -162,10 +175,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.argv = argv  # config_flags looks for overrides there
     try:
         rest = app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError) as error:
-        from configs import _parts
-
-        sys.exit(_parts.explain_field_error(error, argv))
+    except (KeyError, AttributeError):
+        message = _unknown_fields(argv)
+        if not message:
+            raise
+        sys.exit(message)
     if stored is not None:
         from uad_jax import config as config_lib
 
