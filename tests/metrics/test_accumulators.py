@@ -80,6 +80,15 @@ def test_metrics_take_many_histograms_at_once() -> None:
     np.testing.assert_allclose(areas, [part.auroc() for part in parts])
 
 
+def test_host_histogram_equals_that_of_the_device() -> None:
+    one = _volume(0, decimals=1)
+    edges = np.unique(np.append(one.scores[:30], np.float32([-8, 12])))
+    bins, outside = accumulators.histogram(one, edges)
+    expected = _counts([one], edges)
+    np.testing.assert_array_equal(bins, expected.bins)
+    np.testing.assert_array_equal(outside, expected.outside)
+
+
 def test_counts_beyond_int32_do_not_overflow() -> None:
     found = VoxelCounts.empty(np.float32([0.0]))
     counts = np.full((3, 2, 2), 2**30, np.int32)

@@ -147,6 +147,22 @@ def test_from_map_counts_what_is_not_scored() -> None:
     assert (inner.outside_lesion, inner.outside_normal) == (2, 7)
 
 
+def test_label_auroc_and_prevalence_by_hand() -> None:
+    labels = np.array([True, False, False])
+    assert voxel.label_auroc(np.array([0.5, 0.2, 0.9]), labels) == 0.5
+    one = VoxelScores(np.float32([1, 2, 3]), labels, 2, 5)
+    assert voxel.prevalence(one) == pytest.approx(3 / 10)
+
+
+def test_fault_B33_lesion_outside_the_mask_is_counted_and_costs_recall() -> None:
+    lesion = np.array([True, False, True])
+    one = VoxelScores(np.float32([3, 1, 2]), lesion, outside_lesion=2)
+    assert voxel.lost_lesion(one) == pytest.approx(2 / 4)
+    value, threshold = voxel.best_dice(voxel.rank(one))
+    assert value == pytest.approx(2 * 2 / (2 * 2 + 2))
+    assert voxel.recall(voxel.confusion_at(voxel.rank(one), threshold)) == 0.5
+
+
 def test_fault_D1_without_lesion_voxels_the_metrics_are_nan() -> None:
     ranking = _ranking([0.1, 0.2], [0, 0])
     assert np.isnan(voxel.average_precision(ranking))

@@ -10,6 +10,8 @@ import dataclasses
 
 import numpy as np
 
+from uad_jax.metrics.voxel import VoxelScores
+
 
 @dataclasses.dataclass
 class VoxelCounts:
@@ -101,6 +103,25 @@ class VoxelCounts:
         values = 2 * tp / (total + tp + fp)
         best = len(values) - 1 - int(np.argmax(values[::-1]))
         return float(values[best]), float(self.edges[best])
+
+
+def histogram(voxels: VoxelScores, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts one subject's voxels on the host, for resampling of subjects.
+
+    Args:
+      voxels: Of one subject.
+      edges: Ascending, [K].
+
+    Returns:
+      Bins [2, K + 1] int64 (normal, lesion) and outside [2] int64, as in
+      `VoxelCounts`.
+    """
+    edges = np.asarray(edges, voxels.scores.dtype)
+    place = np.searchsorted(edges, voxels.scores, side="left")
+    place += (len(edges) + 1) * voxels.lesion
+    bins = np.bincount(place, minlength=2 * (len(edges) + 1))
+    outside = np.array([voxels.outside_normal, voxels.outside_lesion], np.int64)
+    return bins.reshape(2, -1).astype(np.int64), outside
 
 
 def average_precision(bins: np.ndarray, outside: np.ndarray) -> np.ndarray:

@@ -208,6 +208,36 @@ def best_dice(ranking: Ranking) -> tuple[float, float]:
     return float(values[best]), float(below)
 
 
+def label_auroc(scores: np.ndarray, abnormal: np.ndarray) -> float:
+    """AUROC of one score per slice or per volume.
+
+    Args:
+      scores: [n] float32 or float64.
+      abnormal: [n] bool.
+
+    Returns:
+      Value in [0, 1]; NaN if either kind is absent.
+    """
+    return auroc(rank(VoxelScores(np.asarray(scores), np.asarray(abnormal, bool))))
+
+
+def prevalence(voxels: VoxelScores) -> float:
+    """Share of lesion among all voxels that count, scored or not; NaN without any."""
+    lesion = int(np.count_nonzero(voxels.lesion)) + voxels.outside_lesion
+    normal = int(np.count_nonzero(~voxels.lesion)) + voxels.outside_normal
+    return _ratio(lesion, lesion + normal)
+
+
+def lost_lesion(voxels: VoxelScores) -> float:
+    """Share of lesion outside the eroded brain: what no threshold can find.
+
+    Returns:
+      Value in [0, 1]; NaN without lesion. Recall is at most 1 minus this.
+    """
+    lesion = int(np.count_nonzero(voxels.lesion)) + voxels.outside_lesion
+    return _ratio(voxels.outside_lesion, lesion)
+
+
 def confusion_at(ranking: Ranking, threshold: float) -> Confusion:
     """Counts voxels for the prediction `score > threshold`."""
     # In the dtype of the scores, as every other comparison is.

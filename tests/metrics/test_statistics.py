@@ -1,0 +1,153 @@
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from uad_jax.metrics import accumulators, statistics
+
+
+def _values(count: int, seed: int = 0, shift: float = 0.0) -> dict[str, float]:
+    rng = np.random.default_rng(seed)
+    return {f"s{n:02d}": float(v) for n, v in enumerate(rng.normal(shift, 1, count))}
+
+
+def _histograms(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 9, (count, 2, 12)), rng.integers(0, 5, (count, 2))
+
+
+def test_summarize_by_hand() -> None:
+    found = statistics.summarize([1.0, float("nan"), 3.0])
+    assert found == (2.0, pytest.approx(np.sqrt(2)), 2, 3)
+
+
+def test_fault_D1_subjects_without_a_value_are_left_out_and_counted() -> None:
+    nothing = statistics.summarize([float("nan")])
+    assert np.isnan(nothing.mean)
+    assert (nothing.num_valid, nothing.num_total) == (0, 1)
+    values = {**_values(5), "missing": float("nan")}
+    assert statistics.bootstrap_mean(values) == statistics.bootstrap_mean(_values(5))
+
+
+def test_bootstrap_interval_is_near_that_of_the_normal_theory() -> None:
+    values = _values(60)
+    found = statistics.bootstrap_mean(values, num_samples=4000)
+    array = np.array(list(values.values()))
+    half = 1.96 * array.std(ddof=0) / np.sqrt(60)
+    assert found.estimate == pytest.approx(array.mean())
+    assert found.low == pytest.approx(array.mean() - half, abs=0.03)
+    assert found.high == pytest.approx(array.mean() + half, abs=0.03)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
+    covered = 0
+    for seed in range(200):
+        values = _values(30, seed, shift=2.0)
+        found = statistics.bootstrap_mean(values, num_samples=300, seed=seed)
+        covered += found.low <= 2.0 <= found.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_the_seed_fixes_the_interval_and_the_order_of_subjects_does_not_matter() -> (
+    None
+):
+    values = _values(12)
+    reverse = dict(reversed(list(values.items())))
+    first = statistics.bootstrap_mean(values, seed=3)
+    assert first == statistics.bootstrap_mean(reverse, seed=3)
+    assert first != statistics.bootstrap_mean(values, seed=4)
+
+
+def test_fewer_than_two_subjects_have_no_interval() -> None:
+    found = statistics.bootstrap_mean({"a": 0.5})
+    assert found.estimate == 0.5
+    assert np.isnan([found.low, found.high]).all()
+    assert np.isnan(statistics.bootstrap_mean({}).estimate)
+    bins, outside = _histograms(1)
+    metric = accumulators.average_precision
+    assert np.isnan(statistics.bootstrap_histograms(metric, bins, outside).low)
+
+
+@pytest.mark.parametrize("name", list(statistics.POOLED))
+def test_pooled_bootstrap_equals_pooling_the_resampled_subjects(name: str) -> None:
+    metric = statistics.POOLED[name]
+    bins, outside = _histograms(6)
+    found = statistics.bootstrap_histograms(metric, bins, outside, num_samples=150)
+    slow = []
+    for row in statistics.bootstrap_weights(6, 150, seed=0):
+        chosen = np.repeat(np.arange(6), row)
+        slow.append(metric(bins[chosen].sum(axis=0), outside[chosen].sum(axis=0)))
+    assert found.estimate == pytest.approx(metric(bins.sum(0), outside.sum(0)))
+    assert (found.low, found.high) == pytest.approx(np.percentile(slow, [2.5, 97.5]))
+
+
+def test_paired_pooled_bootstrap_of_a_detector_with_itself_is_zero() -> None:
+    metric, one = accumulators.average_precision, _histograms(6)
+    found = statistics.paired_bootstrap_histograms(metric, one, one)
+    assert found[:3] == (0.0, 0.0, 0.0)
+    other = _histograms(6, seed=1)
+    there = statistics.paired_bootstrap_histograms(metric, one, other)
+    back = statistics.paired_bootstrap_histograms(metric, other, one)
+    assert there.low == pytest.approx(-back.high)
+
+
+def test_pairing_is_much_sharper_than_two_separate_intervals() -> None:
+    first = _values(40)
+    second = {name: value - 0.1 for name, value in first.items()}
+    found = statistics.paired_bootstrap(first, second)
+    assert found.low == pytest.approx(0.1)
+    assert found.high == pytest.approx(0.1)
+
+
+def test_permutation_by_hand_and_by_enumeration() -> None:
+    zero = dict.fromkeys("abc", 0.0)
+    assert statistics.paired_permutation(dict.fromkeys("abc", 1.0), zero) == 2 / 8
+    values = _values(7, seed=5, shift=0.5)
+    array = np.array(list(values.values()))
+    patterns = itertools.product([-1, 1], repeat=7)
+    extreme = sum(abs(np.dot(p, array)) >= abs(array.sum()) - 1e-12 for p in patterns)
+    zero = dict.fromkeys(values, 0.0)
+    assert statistics.paired_permutation(values, zero) == extreme / 2**7
+
+
+def test_random_permutation_is_near_scipy() -> None:
+    values = _values(30, shift=0.35)
+    zero = dict.fromkeys(values, 0.0)
+    found = statistics.paired_permutation(values, zero)
+    expected = scipy.stats.permutation_test(
+        (np.array(list(values.values())), np.zeros(30)),
+        lambda a, b: np.mean(a - b),
+        permutation_type="samples",
+        n_resamples=10_000,
+        rng=np.random.default_rng(0),
+    ).pvalue
+    assert found == pytest.approx(expected, abs=0.02)
+    assert found == statistics.paired_permutation(values, zero)
+
+
+def test_fault_D9_folds_are_mean_and_sd_with_their_number() -> None:
+    folds = [0.30, 0.32, 0.28, 0.31, 0.29]
+    found = statistics.summarize(folds)
+    assert found.mean == pytest.approx(0.30)
+    assert found.sd == pytest.approx(np.std(folds, ddof=1))
+    assert found.num_valid == 5
+
+
+@pytest.mark.parametrize(
+    "compare", [statistics.paired_bootstrap, statistics.paired_permutation]
+)
+def test_fault_D10_unequal_subject_sets_are_an_error(compare: object) -> None:
+    assert callable(compare)
+    with pytest.raises(ValueError, match="one side only: s04"):
+        compare(_values(4), _values(5))
+    torn = {**_values(4), "s01": float("nan")}
+    with pytest.raises(ValueError, match="value on one side only: s01"):
+        compare(_values(4), torn)
+
+
+def test_fault_D10_unequal_numbers_of_histograms_are_an_error() -> None:
+    with pytest.raises(ValueError, match="found 3 and 4"):
+        statistics.paired_bootstrap_histograms(
+            accumulators.auroc, _histograms(3), _histograms(4)
+        )

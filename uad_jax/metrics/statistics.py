@@ -1,0 +1,288 @@
+"""How sure a result is: resampling of subjects, and tests between detectors.
+
+The subject is the unit everywhere: voxels and slices of one subject are not
+independent.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from uad_jax.metrics import accumulators
+
+_CHUNK = 64  # resamplings of histograms held at a time
+
+
+class Interval(NamedTuple):
+    """An estimate and its percentile bootstrap interval.
+
+    Attributes:
+      estimate: Value on the subjects themselves.
+      low: Lower bound; NaN with fewer than 2 subjects, as is `high`.
+      high: Upper bound.
+      num_subjects: Subjects with a value; those with NaN are left out.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    num_subjects: int
+
+
+class Summary(NamedTuple):
+    """Mean and spread of values, NaN left out and counted.
+
+    Attributes:
+      mean: NaN if no value is valid.
+      sd: Sample standard deviation; NaN with fewer than 2 valid values.
+      num_valid: Values that are not NaN.
+      num_total: All values.
+    """
+
+    mean: float
+    sd: float
+    num_valid: int
+    num_total: int
+
+
+def summarize(values: Sequence[float] | np.ndarray) -> Summary:
+    """Averages values over volumes, or over folds, and says how many there were."""
+    every = np.asarray(values, np.float64)
+    valid = every[~np.isnan(every)]
+    mean = float(valid.mean()) if len(valid) else float("nan")
+    sd = float(valid.std(ddof=1)) if len(valid) > 1 else float("nan")
+    return Summary(mean, sd, len(valid), len(every))
+
+
+def bootstrap_weights(num_subjects: int, num_samples: int, seed: int) -> np.ndarray:
+    """Draws how often each subject is in each resampling.
+
+    Returns:
+      [num_samples, num_subjects] int64; every row sums to `num_subjects`.
+    """
+    share = np.full(num_subjects, 1 / num_subjects)
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_subjects, share, size=num_samples)
+
+
+def bootstrap_mean(
+    values: Mapping[str, float],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean over subjects.
+
+    Args:
+      values: Subject -> value; NaN where the metric does not exist.
+      num_samples: Resamplings.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+    """
+    names = sorted(name for name, value in values.items() if not np.isnan(value))
+    array = np.array([values[name] for name in names], np.float64)
+    if len(array) < 2:
+        estimate = float(array.mean()) if len(array) else float("nan")
+        return Interval(estimate, float("nan"), float("nan"), len(array))
+    weights = bootstrap_weights(len(array), num_samples, seed)
+    means = weights @ array / len(array)
+    return _interval(float(array.mean()), means, confidence, len(array))
+
+
+def bootstrap_histograms(
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    bins: np.ndarray,
+    outside: np.ndarray,
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a pooled metric, from one histogram per subject.
+
+    Args:
+      metric: `accumulators.average_precision` or `accumulators.auroc`.
+      bins: [S, 2, K + 1] counts of each subject (`ops.histogram.counts`).
+      outside: [S, 2] voxels of each subject that are not scored.
+      num_samples: Resamplings.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+    """
+    num_subjects = len(bins)
+    estimate = float(metric(bins.sum(axis=0), outside.sum(axis=0)))
+    if num_subjects < 2:
+        return Interval(estimate, float("nan"), float("nan"), num_subjects)
+    samples = _resample(
+        metric, bins, outside, bootstrap_weights(num_subjects, num_samples, seed)
+    )
+    return _interval(estimate, samples, confidence, num_subjects)
+
+
+def paired_bootstrap_histograms(
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    first: tuple[np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a difference of pooled metrics, both on the same resamplings.
+
+    Args:
+      metric: See `bootstrap_histograms`.
+      first: (bins, outside) of one detector, a row per subject.
+      second: Those of the other, the same subjects in the same order. The edges of
+        the two may differ.
+      num_samples: Resamplings.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+
+    Returns:
+      The interval of first minus second.
+
+    Raises:
+      ValueError: If the numbers of subjects differ.
+    """
+    num_subjects = len(first[0])
+    if num_subjects != len(second[0]):
+        raise ValueError(
+            f"A paired comparison needs the same subjects: found {num_subjects} and "
+            f"{len(second[0])}. Evaluate both detectors on one set."
+        )
+    estimates = [
+        float(metric(bins.sum(axis=0), outside.sum(axis=0)))
+        for bins, outside in (first, second)
+    ]
+    estimate = estimates[0] - estimates[1]
+    if num_subjects < 2:
+        return Interval(estimate, float("nan"), float("nan"), num_subjects)
+    weights = bootstrap_weights(num_subjects, num_samples, seed)
+    samples = _resample(metric, *first, weights) - _resample(metric, *second, weights)
+    return _interval(estimate, samples, confidence, num_subjects)
+
+
+def paired_bootstrap(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean difference of two detectors on the same subjects.
+
+    Args:
+      first: Subject -> value of one detector.
+      second: Subject -> value of the other.
+      num_samples: Resamplings.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+
+    Returns:
+      The interval of the mean of first minus second.
+
+    Raises:
+      ValueError: If the subjects differ, or a value is missing on one side only.
+    """
+    differences = _differences(first, second)
+    return bootstrap_mean(
+        differences, num_samples=num_samples, confidence=confidence, seed=seed
+    )
+
+
+def paired_permutation(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    *,
+    num_rounds: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Tests by sign flips whether two detectors differ on the same subjects.
+
+    Args:
+      first: Subject -> value of one detector.
+      second: Subject -> value of the other.
+      num_rounds: Random sign patterns; where there are no more patterns than this in
+        all, every one is taken once.
+      seed: Same seed, same value.
+
+    Returns:
+      Two-sided p value of the mean difference; NaN without subjects.
+
+    Raises:
+      ValueError: If the subjects differ, or a value is missing on one side only.
+    """
+    differences = _differences(first, second)
+    array = np.array([value for value in differences.values() if not np.isnan(value)])
+    if not len(array):
+        return float("nan")
+    if 2 ** min(len(array), 40) <= num_rounds:
+        patterns = np.arange(2 ** len(array))[:, None] >> np.arange(len(array)) & 1
+        signs, counted_itself = 1 - 2 * patterns, 0
+    else:
+        generator = np.random.default_rng(seed)
+        signs = generator.choice(np.array([-1, 1]), size=(num_rounds, len(array)))
+        counted_itself = 1
+    sums = np.abs(signs @ array)
+    # Rounding must not make a pattern differ from the observed one it equals.
+    tolerance = 1e-12 * np.abs(array).sum()
+    extreme = int(np.count_nonzero(sums >= abs(array.sum()) - tolerance))
+    return (extreme + counted_itself) / (len(signs) + counted_itself)
+
+
+def _differences(
+    first: Mapping[str, float], second: Mapping[str, float]
+) -> dict[str, float]:
+    if first.keys() != second.keys():
+        alone = sorted(first.keys() ^ second.keys())
+        raise ValueError(
+            "A paired comparison needs the same subjects on both sides; "
+            f"{len(alone)} are on one side only: {', '.join(alone[:5])}. "
+            "Evaluate both detectors on one set."
+        )
+    torn = [
+        name
+        for name in sorted(first)
+        if np.isnan(first[name]) != np.isnan(second[name])
+    ]
+    if torn:
+        raise ValueError(
+            f"{len(torn)} subjects have a value on one side only: "
+            f"{', '.join(torn[:5])}. Compare a metric that exists for both."
+        )
+    return {name: first[name] - second[name] for name in sorted(first)}
+
+
+def _resample(
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    bins: np.ndarray,
+    outside: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
+    flat = bins.reshape(len(bins), -1).astype(np.float64)
+    samples = []
+    for start in range(0, len(weights), _CHUNK):
+        part = weights[start : start + _CHUNK].astype(np.float64)
+        pooled = (part @ flat).reshape(len(part), *bins.shape[1:])
+        samples.append(metric(pooled, part @ outside))
+    return np.concatenate(samples)
+
+
+def _interval(
+    estimate: float, samples: np.ndarray, confidence: float, num_subjects: int
+) -> Interval:
+    tail = 50 * (1 - confidence)
+    valid = samples[~np.isnan(samples)]  # a pooled resampling may hold no lesion
+    if not len(valid):
+        return Interval(estimate, float("nan"), float("nan"), num_subjects)
+    low, high = np.percentile(valid, [tail, 100 - tail])
+    return Interval(estimate, float(low), float(high), num_subjects)
+
+
+POOLED = {
+    "ap_pooled": accumulators.average_precision,
+    "auroc_pooled": accumulators.auroc,
+}
