@@ -69,9 +69,7 @@ def _curvature(padded: np.ndarray) -> np.ndarray:
     return speed
 
 
-def scale_by_brain_percentiles(
-    image: np.ndarray, brain: np.ndarray
-) -> tuple[np.ndarray, bool]:
+def scale_by_brain_percentiles(image: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Maps the 1st and 99th percentile of the brain to 0 and 1 and clips.
 
     Args:
@@ -79,16 +77,16 @@ def scale_by_brain_percentiles(
       brain: Mask of the same shape with at least one voxel.
 
     Returns:
-      Values in [0, 1], and whether the image was constant (then all are 0).
+      Values in [0, 1]; all 0 where the two percentiles are equal.
     """
     low, high = np.percentile(image[brain], (1, 99))
     if not high > low:
-        return np.zeros_like(image), True
+        return np.zeros_like(image)
     scaled = (np.clip(image, low, high) - np.float32(low)) / np.float32(high - low)
-    return np.clip(scaled, 0, 1).astype(np.float32), False
+    return np.clip(scaled, 0, 1).astype(np.float32)
 
 
-def scale_by_maximum(image: np.ndarray) -> tuple[np.ndarray, bool]:
+def scale_by_maximum(image: np.ndarray) -> np.ndarray:
     """Clips to [0, 99.8th percentile of the whole volume] and divides by that.
 
     Background counts, so the result depends on the field of view.
@@ -97,9 +95,9 @@ def scale_by_maximum(image: np.ndarray) -> tuple[np.ndarray, bool]:
       image: Any shape, float32, finite, 0 outside the brain.
 
     Returns:
-      Values in [0, 1], and whether there was nothing above 0 (then all are 0).
+      Values in [0, 1]; all 0 where the percentile is not above 0.
     """
     high = np.percentile(image, 99.8)
     if not high > 0:
-        return np.zeros_like(image), True
-    return np.clip(image / np.float32(high), 0, 1).astype(np.float32), False
+        return np.zeros_like(image)
+    return np.clip(image / np.float32(high), 0, 1).astype(np.float32)

@@ -186,16 +186,14 @@ def apply(
         )
         for volume in (mask, marked)
     )
-    for name, array in zip(names, arrays, strict=True):
+    for array in arrays:
         if recipe.working_grid is None:
             box = (frame.start, frame.step, recipe.grid)
             image = geometry.sample(array, *box, recipe.order)
-            image, constant = _scaled(recipe, image, brain_grid)
+            image = _scaled(recipe, image, brain_grid)
             image[~brain_grid] = 0
         else:
-            image, constant = _through_working_grid(recipe, frame, array, mask)
-        if constant:
-            notes.append(f"{name}: constant inside the brain; set to 0.")
+            image = _through_working_grid(recipe, frame, array, mask)
         channels.append(image.transpose(2, 0, 1))
     return Prepared(
         image=np.stack(channels, axis=-1),
@@ -262,6 +260,9 @@ def _strip(
         raise nifti.EmptyBrain(
             f"{scan.path}: every voxel of the brain is 0. Check or replace the file."
         )
+    if values.min() == values.max():
+        notes.append(f"{name}: constant inside the brain; set to 0.")
+        return np.zeros_like(array)
     floor = np.float32(min(np.percentile(values, 1), 0.0))
     if floor < 0:
         notes.append(
@@ -332,7 +333,7 @@ def _whole(values: Sequence[int]) -> geometry.Shape:
 
 def _through_working_grid(
     recipe: Recipe, frame: _Frame, array: np.ndarray, brain: np.ndarray
-) -> tuple[np.ndarray, bool]:
+) -> np.ndarray:
     """Denoises, crops and scales at 1 mm, then samples on the model grid."""
     assert recipe.working_grid is not None
     unit = (1.0, 1.0, 1.0)
@@ -343,16 +344,13 @@ def _through_working_grid(
     crop = _triple(frame.crop)
     image = geometry.sample(image, crop, unit, recipe.working_grid, 0)
     inside = geometry.sample_mask(inside, crop, unit, recipe.working_grid, 0)
-    image, constant = _scaled(recipe, image, inside)
-    image = geometry.sample(
+    image = _scaled(recipe, image, inside)
+    return geometry.sample(
         image, recipe.start, recipe.spacing, recipe.grid, recipe.order
     )
-    return image, constant
 
 
-def _scaled(
-    recipe: Recipe, image: np.ndarray, brain: np.ndarray
-) -> tuple[np.ndarray, bool]:
+def _scaled(recipe: Recipe, image: np.ndarray, brain: np.ndarray) -> np.ndarray:
     if recipe.law is Law.BRAIN_PERCENTILES:
         return normalise.scale_by_brain_percentiles(image, brain)
     return normalise.scale_by_maximum(np.where(brain, image, np.float32(0)))
