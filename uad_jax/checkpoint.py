@@ -381,8 +381,9 @@ class Checkpoints:
         else:
             self.latest()  # says so if there are only incomplete ones
             listed = [f"\n  {s}: {'; '.join(found)}" for s, found in damaged.items()]
+            reason = f"only damaged ones:{''.join(listed)}" if listed else "it is empty"
             raise CheckpointError(
-                f"{self.directory}: no sound checkpoint.{''.join(listed)}"
+                f"{self.directory} has no checkpoint to restore; {reason}"
             )
         for bad, found in damaged.items():
             action = "ignored"

@@ -10,6 +10,7 @@ from absl import logging
 from uad_jax import checkpoint
 from uad_jax import leaves as leaves_lib
 from uad_jax import mesh as mesh_lib
+from uad_jax import workdir as workdir_lib
 from uad_jax.types import TrainState
 
 Entry = tuple[pathlib.Path | str, int, str, str]
@@ -85,8 +86,8 @@ def _read(
     mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.Array]:
     """Reads the sources of the given target leaves; complains about all at once."""
-    if (directory / "checkpoints").is_dir():
-        directory = directory / "checkpoints"
+    if (directory / workdir_lib.CHECKPOINTS).is_dir():
+        directory = directory / workdir_lib.CHECKPOINTS
     store = checkpoint.Checkpoints(directory, read_only=True)
     try:
         chosen = store.best() if step < 0 else step

@@ -15,12 +15,13 @@ from typing import Any, TextIO
 import jax
 from absl import logging
 
-from uad_jax import environment
+from uad_jax import environment, integrity
 
 CONFIG = "config.json"
 ENVIRONMENT = "env.json"
 FINGERPRINT = "data_fingerprint.json"
 LOCK = "lock"
+CHECKPOINTS = "checkpoints"
 
 # What may change when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
@@ -125,6 +126,8 @@ def write_environment(workdir: pathlib.Path) -> None:
 def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Compares a config with the one the run began with, and stores it.
 
+    A run begins with its first checkpoint; until then any config will do.
+
     Args:
       workdir: The run.
       config: The config as plain JSON types (`config.to_dict`).
@@ -137,7 +140,8 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     """
     path = workdir / CONFIG
     changes = {}
-    if path.exists():
+    begun = _has_begun(workdir)
+    if begun:
         changes = difference(read_json(path), config)
         refused = {k: v for k, v in changes.items() if not _may_change(k)}
         if refused:
@@ -153,7 +157,7 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
             logging.warning(
                 "The config of the run changes: %s: %s%s", name, change, note
             )
-    if jax.process_index() == 0 and (changes or not path.exists()):
+    if jax.process_index() == 0 and (changes or not begun):
         write_json(path, config)
     return changes
 
@@ -165,6 +169,8 @@ def check_fingerprint(
     accept_change: bool = False,
 ) -> dict[str, str]:
     """Compares the training data with those the run began with, and stores them.
+
+    A run begins with its first checkpoint; until then any data will do.
 
     Args:
       workdir: The run.
@@ -179,7 +185,8 @@ def check_fingerprint(
     """
     path = workdir / FINGERPRINT
     changes = {}
-    if path.exists():
+    begun = _has_begun(workdir)
+    if begun:
         changes = difference(read_json(path), fingerprint)
         lines = "\n  ".join(f"{name}: {change}" for name, change in changes.items())
         if changes and not accept_change:
@@ -189,9 +196,14 @@ def check_fingerprint(
             )
         if changes:
             logging.warning("The training data of the run change:\n  %s", lines)
-    if jax.process_index() == 0 and (changes or not path.exists()):
+    if jax.process_index() == 0 and (changes or not begun):
         write_json(path, fingerprint)
     return changes
+
+
+def _has_begun(workdir: pathlib.Path) -> bool:
+    checkpoints = workdir / CHECKPOINTS
+    return bool(integrity.step_dirs(checkpoints) or integrity.quarantined(checkpoints))
 
 
 def difference(old: Any, new: Any) -> dict[str, str]:
@@ -216,8 +228,8 @@ def _difference(name: str, old: Any, new: Any) -> dict[str, str]:
             else:
                 found |= _difference(path, old[key], new[key])
         return found
-    # NaN is written as NaN and read back as NaN, which differs from itself.
-    if json.dumps(old) == json.dumps(new):
+    # NaN differs from itself, but not its text.
+    if old == new or json.dumps(old) == json.dumps(new):
         return {}
     if isinstance(old, list) and isinstance(new, list):
         return {name: _list_difference(old, new)}

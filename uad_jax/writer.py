@@ -56,13 +56,13 @@ class MetricWriter:
         if self._events is not None:
             events = self._events
             if not self._try(TENSORBOARD, lambda: events.write(step, values)):
-                self._events = None
+                self.close()
 
     def close(self) -> None:
-        """Forces TensorBoard events to the disk."""
-        if self._events is not None:
-            self._try(TENSORBOARD, self._events.close)
-            self._events = None
+        """Forces TensorBoard events to the disk and closes their file."""
+        events, self._events = self._events, None
+        if events is not None:
+            self._try(TENSORBOARD, events.close)
 
     def _open_events(self, workdir: pathlib.Path, resume_step: int) -> None:
         self._events = _Events(workdir / TENSORBOARD, resume_step)
