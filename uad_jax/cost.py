@@ -117,19 +117,24 @@ def advice(cost: Cost | None, batch_size: int, num_devices: int, limit: int) -> 
         parts.append(f"; the device has {limit / _GIB:.2f} GiB")
     parts.append(". ")
     largest = largest_batch(cost, batch_size, num_devices, limit)
+    if largest == 0:
+        parts.append("Not even the smallest batch fits: make the model smaller.")
+        return "".join(parts)
     if largest is not None and largest < batch_size:
-        if largest == 0:
-            parts.append("Not even the smallest batch fits: make the model smaller.")
-            return "".join(parts)
         parts.append(f"About batch_size = {largest} would fit. ")
-        halves = math.ceil(batch_size / largest)
-    else:
-        halves = 2
-    parts.append(
-        f"Use a smaller batch_size, or keep it and set method.accumulate_steps = "
-        f"{halves} (or a multiple)."
-    )
-    return "".join(parts)
+    parts.append("Use a smaller batch_size")
+    times = _micro_batches(batch_size, num_devices, largest or batch_size // 2)
+    if times:
+        parts.append(f", or keep it and multiply method.accumulate_steps by {times}")
+    return "".join([*parts, "."])
+
+
+def _micro_batches(batch_size: int, num_devices: int, largest: int) -> int | None:
+    """Fewest micro-batches of at most `largest` rows that the devices can share."""
+    for count in range(2, batch_size // num_devices + 1):
+        if batch_size // count <= largest and batch_size % (count * num_devices) == 0:
+            return count
+    return None
 
 
 def largest_batch(

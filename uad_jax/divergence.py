@@ -34,7 +34,7 @@ def stop(
     dump: pathlib.Path,
     step: int,
     scalars: dict[str, float],
-    ids: list[tuple[int, int]],
+    rows: list[dict[str, int | str]],
     params: dict[str, Tree],
 ) -> NoReturn:
     """Writes down what is known and ends the run.
@@ -43,7 +43,7 @@ def stop(
       dump: Directory that gets `step_<step>.json` (NaN and Inf as words).
       step: The step, counted from 1, whose numbers are not finite.
       scalars: Its scalars, the gradient norm among them.
-      ids: (uid, slice index) of the rows of its batch.
+      rows: Subject, uid and slice index of the rows of its batch.
       params: The live parameters, after the update.
 
     Raises:
@@ -57,7 +57,7 @@ def stop(
             "parameter_norms": {
                 name: _plain(value) for name, value in norms(params).items()
             },
-            "batch": [{"uid": int(uid), "slice_index": int(z)} for uid, z in ids],
+            "batch": rows,
         }
         workdir.write_json(path, note)
     bad = {name: value for name, value in scalars.items() if not math.isfinite(value)}

@@ -129,7 +129,7 @@ def loop(
     step, stopped = start, "done"
     with (
         run.stream.batches(start, stack=stack) as batches,
-        _Reporter(run, start, show) as reporter,
+        Reporter(run, start, show) as reporter,
     ):
         while step < total:
             with jax.transfer_guard("disallow"):
@@ -203,7 +203,7 @@ def _save(
         run.checkpoints.save(step, state, metrics=finite)
 
 
-class _Reporter:
+class Reporter:
     """Takes the scalars of each call, one call late; writes, shows, and stops NaN."""
 
     def __init__(self, run: Run, start: int, show: bool) -> None:
@@ -216,7 +216,7 @@ class _Reporter:
         self._bar = progress_lib.Bar(config.total_steps, start, show)
         self._pending: tuple[int, Scalars] | None = None
 
-    def __enter__(self) -> "_Reporter":
+    def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -242,12 +242,13 @@ class _Reporter:
         if bad is not None:
             bad_step = step - self._run.programs.steps_per_call + bad + 1
             values = {name: float(x[bad]) for name, x in scalars.items()}
+            rows = self._rows(bad_step - 1)
             with jax.transfer_guard("allow"):
                 divergence.stop(
                     self._run.workdir / NAN_DUMP,
                     bad_step,
                     values,
-                    self._run.stream.ids(bad_step - 1),
+                    rows,
                     state.model.params,
                 )
         self._meter.add(scalars)
@@ -268,3 +269,12 @@ class _Reporter:
                 step,
                 losses["loss"],
             )
+
+    def _rows(self, batch: int) -> list[dict[str, int | str]]:
+        """What was in a global batch, with names for people."""
+        stream = self._run.stream
+        names = {volume.uid: volume.subject for volume in stream.volumes}
+        return [
+            {"subject": names[uid], "uid": uid, "slice_index": index}
+            for uid, index in stream.ids(batch)
+        ]

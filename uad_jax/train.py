@@ -114,7 +114,7 @@ def load_model(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     shapes = workdir_lib.read_json(workdir / SHAPES)
     method = config.method.make(RunShape(**shapes["run"]))
-    abstract = programs.abstract_state(method, _spec_from_json(shapes["batch"]), mesh)
+    abstract = programs.abstract_state(method, spec_from_json(shapes["batch"]), mesh)
     checkpoints = checkpoint_lib.Checkpoints(workdir / CHECKPOINTS, read_only=True)
     with contextlib.closing(checkpoints):
         if step is None:
@@ -181,7 +181,7 @@ def _prepare(
     spec = stream.spec()
     if distributed.is_main():
         workdir_lib.write_json(
-            workdir / SHAPES, {"run": shape._asdict(), "batch": _spec_to_json(spec)}
+            workdir / SHAPES, {"run": shape._asdict(), "batch": spec_to_json(spec)}
         )
     validation = _validation(config, store, inputs, mesh)
     with watch.charge("compile"):
@@ -295,7 +295,8 @@ def _first_state(run: loop.Run, method: Method) -> tuple[TrainState, int, loop.R
     return state, start, record
 
 
-def _spec_to_json(spec: Batch) -> dict[str, Any]:
+def spec_to_json(spec: Batch) -> dict[str, Any]:
+    """Shapes and dtypes of a batch as plain JSON types."""
     return {
         field.name: [list(leaf.shape), str(leaf.dtype)]
         for field in dataclasses.fields(spec)
@@ -303,7 +304,8 @@ def _spec_to_json(spec: Batch) -> dict[str, Any]:
     }
 
 
-def _spec_from_json(stored: dict[str, Any]) -> Batch:
+def spec_from_json(stored: dict[str, Any]) -> Batch:
+    """Inverts `spec_to_json`, to `jax.ShapeDtypeStruct`."""
     fields: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
         for name, (shape, dtype) in stored.items()
