@@ -56,6 +56,13 @@ def test_axis_weights_equal_scipy(order: int, mode: str) -> None:
     np.testing.assert_allclose(weights @ line, expected, atol=2e-6)
 
 
+def test_baur_positions_equal_scipy_zoom() -> None:
+    line = RNG.random(240)
+    weights = geometry.axis_weights(240, np.arange(128) * (239 / 127), 3)
+    expected = ndimage.zoom(line, 128 / 240, order=3, mode="mirror")
+    np.testing.assert_allclose(weights @ line, expected, atol=2e-6)
+
+
 def test_axis_weights_clamp_half_a_voxel_and_read_zero_beyond() -> None:
     for order in (0, 1, 3):
         weights = geometry.axis_weights(4, np.array([-0.51, -0.5, 3.5, 3.6]), order)
@@ -65,6 +72,13 @@ def test_axis_weights_clamp_half_a_voxel_and_read_zero_beyond() -> None:
 def test_nearest_takes_the_upper_neighbour_at_a_half() -> None:
     weights = geometry.axis_weights(6, np.array([0.5, 2.5, 4.49]), 0)
     assert weights.argmax(axis=1).tolist() == [1, 3, 4]
+
+
+def test_sampled_masks_keep_their_volume_on_average() -> None:
+    noise = ndimage.gaussian_filter(RNG.normal(size=(64, 64, 64)), 1.5)
+    mask = noise > np.quantile(noise, 0.5)
+    half = geometry.sample_mask(mask, (0.5,) * 3, (2.0,) * 3, (32, 32, 32), order=1)
+    assert half.mean() == pytest.approx(0.5, rel=0.015)
 
 
 def test_wide_linear_kernel_averages() -> None:
@@ -98,7 +112,7 @@ def test_whole_voxel_shifts_copy_bits() -> None:
     np.testing.assert_array_equal(result, expected)
 
 
-def test_sampled_masks_count_a_half_as_inside() -> None:
+def test_sampled_masks_give_an_exact_half_to_the_upper_side() -> None:
     mask = np.zeros((4, 2, 2), bool)
     mask[1] = True
     start, shape = (0.5, 0.0, 0.0), (2, 2, 2)

@@ -454,6 +454,8 @@ def test_fault_B38_odd_names_work_and_loops_are_clean_errors(
     for bad in (loop, tmp_path / "dir.nii.gz", tmp_path / "none.nii.gz"):
         with pytest.raises(nifti.DamagedFile, match="cannot be read"):
             nifti.read_image(bad)
+    with pytest.raises(nifti.NiftiError, match="cannot be written"):
+        nifti.write_map(folder / "none" / "map.nii", _values(), nifti.read_image(path))
     with pytest.raises(nifti.DamagedFile, match=r"ending in \.nii"):
         nifti.read_image(tmp_path / "a.mha")
 

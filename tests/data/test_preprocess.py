@@ -351,6 +351,21 @@ def test_fault_B33_lesion_outside_the_brain_is_reported(
     assert "50.00% of the lesion lies outside the brain mask." in prepared.notes
 
 
+def test_a_mask_that_vanishes_on_the_grid_is_told(tmp_path: pathlib.Path) -> None:
+    image = _head((28, 30, 24), (13, 14, 11))
+    scan = _scan(tmp_path, image, np.eye(4))
+    dot = np.zeros_like(image)
+    dot[13, 15, 12] = 1
+    mask = _scan(tmp_path, dot, np.eye(4), "m.nii.gz")
+    prepared = preprocess.apply(TINY, {"t1": scan}, lesion=mask)
+    assert "No lesion voxel is left on the grid." in prepared.notes
+    line = np.zeros_like(image)
+    line[12:16, 15, 12] = 1
+    mask = _scan(tmp_path, line, np.eye(4), "m.nii.gz")
+    with pytest.raises(nifti.EmptyBrain, match="no brain voxel is left"):
+        preprocess.apply(TINY, {"t1": scan}, brain=mask)
+
+
 def test_fault_B36_cropping_is_noted_and_too_much_is_an_error(
     tmp_path: pathlib.Path,
 ) -> None:

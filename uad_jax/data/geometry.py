@@ -209,15 +209,15 @@ def bounding_box(mask: np.ndarray) -> tuple[Shape, Shape]:
     Raises:
       ValueError: The mask is empty.
     """
-    labels, count = ndimage.label(mask)
-    if not count:
+    if not mask.any():
         raise ValueError("The mask is empty: it has no bounding box.")
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    largest = ndimage.find_objects(labels)[int(sizes.argmax()) - 1]
-    low = tuple(part.start for part in largest)
-    high = tuple(part.stop for part in largest)
-    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+    labels, count = ndimage.label(mask)
+    largest = 1
+    if count > 1:
+        sizes = np.bincount(labels[mask], minlength=count + 1)
+        largest = int(sizes.argmax())
+    x, y, z = ndimage.find_objects(labels, largest)[largest - 1]
+    return (x.start, y.start, z.start), (x.stop, y.stop, z.stop)
 
 
 def to_grid(

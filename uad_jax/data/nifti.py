@@ -230,7 +230,7 @@ def write_map(
       codes: sform and qform codes for a `Geometry`.
 
     Raises:
-      NiftiError: Wrong shape or non-finite values.
+      NiftiError: Wrong shape, non-finite values, or the place cannot be written.
     """
     path = Path(path)
     if isinstance(like, Scan):
@@ -261,6 +261,8 @@ def write_map(
     try:
         nib.save(image, temporary)
         temporary.replace(path)
+    except OSError as error:
+        raise NiftiError(f"{path}: cannot be written ({error.strerror}).") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,95 +6,22 @@ sample on the model grid. All modalities and masks of a subject share one grid.
 """
 
 import dataclasses
-import enum
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from uad_jax.data import geometry, nifti, normalise
+from uad_jax.data import geometry, nifti, normalise, recipes
 from uad_jax.types import Geometry
 
-_VERSION = 1  # part of every hash: raise it when results change
 _SAME_SPACING = 1e-3  # relative difference below which nothing is interpolated
 _FULL = 0.95  # a stripped image has more background than 1 - this
 
-
-class Law(enum.Enum):
-    """How intensities become about [0, 1]."""
-
-    BRAIN_PERCENTILES = "brain_percentiles"  # 1st to 99th percentile in the brain
-    VOLUME_MAXIMUM = "volume_maximum"  # 0 to the 99.8th percentile of the volume
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One way to prepare scans.
-
-    Attributes:
-      name: Key in `RECIPES`.
-      grid: Samples of the model grid, (X, Y, Z).
-      spacing: Distance of grid samples in mm.
-      law: Intensity law.
-      working_grid: 1 mm box that the brain is centred in first, (X, Y, Z); None
-        samples the scan directly.
-      start: First grid sample in voxels of the working grid.
-      order: Image interpolation onto the grid: 1 linear, 3 cubic B-spline.
-      mask_order: Mask interpolation: 0 nearest, 1 linear (half and more is inside).
-      flow_steps: Iterations of curvature flow on the working grid.
-      max_cropped: Largest share of the brain's voxels that may fall outside.
-    """
-
-    name: str
-    grid: geometry.Shape
-    spacing: geometry.Triple
-    law: Law
-    working_grid: geometry.Shape | None = None
-    start: geometry.Triple = (0.0, 0.0, 0.0)
-    order: int = 1
-    mask_order: int = 1
-    flow_steps: int = 0
-    max_cropped: float = 0.02
-
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            name="grid2mm",
-            grid=(96, 96, 80),
-            spacing=(2.0, 2.0, 2.0),
-            law=Law.BRAIN_PERCENTILES,
-        ),
-        Recipe(
-            name="behrendt",
-            grid=(96, 96, 50),
-            spacing=(2.0, 2.0, 2.0),
-            law=Law.BRAIN_PERCENTILES,
-            working_grid=(192, 192, 100),
-            start=(0.5, 0.5, 0.5),
-            order=3,
-            mask_order=0,
-            flow_steps=3,
-            max_cropped=0.2,
-        ),
-        Recipe(
-            name="baur",
-            grid=(128, 128, 110),
-            spacing=(239 / 127, 239 / 127, 1.0),
-            law=Law.VOLUME_MAXIMUM,
-            working_grid=(240, 240, 155),
-            start=(0.0, 0.0, 20.0),
-            order=3,
-            mask_order=0,
-            flow_steps=3,
-            max_cropped=0.2,
-        ),
-    )
-}
+Law = recipes.Law
+Recipe = recipes.Recipe
+RECIPES = recipes.RECIPES
+recipe_hash = recipes.recipe_hash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,13 +41,6 @@ class Prepared:
     lesion: np.ndarray
     geometry: Geometry
     notes: list[str]
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """Identifies a recipe by everything that changes its result (16 hex digits)."""
-    fields = dataclasses.asdict(recipe) | {"law": recipe.law.value}
-    text = json.dumps([_VERSION, fields], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def apply(
@@ -154,46 +74,35 @@ def apply(
     if not images:
         raise ValueError("No image was given; expected at least one modality.")
     reference = next(iter(images.values()))
-    names = list(images)
-    arrays = [_matched(reference, scan, ignore_affine) for scan in images.values()]
-    notes = [
-        f"{name}: {note}"
-        for name, scan in [*images.items(), ("brain", brain), ("lesion", lesion)]
-        if scan is not None
-        for note in scan.notes
-    ]
-    if brain is None:
-        mask = _nonzero(reference, arrays)
+    subject = _gather(images, brain, lesion, ignore_affine)
+    notes = list(subject.notes)
+    if recipe.working_grid is None:
+        frame = _place(recipe, reference, subject.brain)
     else:
-        mask = _as_mask(_matched(reference, brain, ignore_affine), brain)
-    if not mask.any():
-        path = reference.path if brain is None else brain.path
-        raise nifti.EmptyBrain(f"{path}: no voxel is brain. Check or replace the file.")
-    marked = np.zeros_like(mask)
-    if lesion is not None:
-        marked = _as_mask(_matched(reference, lesion, ignore_affine), lesion)
-    arrays = [
-        _strip(name, images[name], array, mask, notes)
-        for name, array in zip(names, arrays, strict=True)
-    ]
-
-    frame = _place(recipe, reference, mask)
-    _check_cropping(recipe, frame, reference, mask, marked, notes)
-    channels = []
-    brain_grid, lesion_grid = (
-        geometry.sample_mask(
-            volume, frame.start, frame.step, recipe.grid, recipe.mask_order
+        frame = _place_working_grid(
+            recipe, recipe.working_grid, reference, subject.brain
         )
-        for volume in (mask, marked)
-    )
-    for array in arrays:
+    _check_cropping(recipe, frame, reference, subject, notes)
+    box = (frame.start, frame.step, recipe.grid)
+    brain_grid = geometry.sample_mask(subject.brain, *box, recipe.mask_order)
+    lesion_grid = geometry.sample_mask(subject.lesion, *box, recipe.mask_order)
+    if not brain_grid.any():
+        raise nifti.EmptyBrain(
+            f"{reference.path}: no brain voxel is left on the {recipe.name} grid. "
+            "Check the brain mask and the voxel sizes."
+        )
+    if subject.lesion.any() and not lesion_grid.any():
+        notes.append("No lesion voxel is left on the grid.")
+    channels = []
+    for array in subject.images:
         if recipe.working_grid is None:
-            box = (frame.start, frame.step, recipe.grid)
             image = geometry.sample(array, *box, recipe.order)
             image = _scaled(recipe, image, brain_grid)
             image[~brain_grid] = 0
         else:
-            image = _through_working_grid(recipe, frame, array, mask)
+            image = _through_working_grid(
+                recipe, recipe.working_grid, frame, array, subject.brain
+            )
         channels.append(image.transpose(2, 0, 1))
     return Prepared(
         image=np.stack(channels, axis=-1),
@@ -222,6 +131,50 @@ class _Frame(NamedTuple):
     box_step: geometry.Triple = (1.0, 1.0, 1.0)
     box_shape: geometry.Shape = (0, 0, 0)
     crop: geometry.Shape = (0, 0, 0)
+
+
+class _Subject(NamedTuple):
+    """A subject's voxels on the canonical grid of the first image.
+
+    Attributes:
+      images: One [X, Y, Z] float32 per modality, background 0.
+      brain: [X, Y, Z] bool.
+      lesion: [X, Y, Z] bool.
+      notes: What a user should know.
+    """
+
+    images: list[np.ndarray]
+    brain: np.ndarray
+    lesion: np.ndarray
+    notes: list[str]
+
+
+def _gather(
+    images: dict[str, nifti.Scan],
+    brain: nifti.Scan | None,
+    lesion: nifti.Scan | None,
+    ignore_affine: bool,
+) -> _Subject:
+    """Checks that all scans match, finds the brain and clears the background."""
+    reference = next(iter(images.values()))
+    arrays = [_matched(reference, scan, ignore_affine) for scan in images.values()]
+    scans = [*images.items(), ("brain", brain), ("lesion", lesion)]
+    notes = [f"{name}: {note}" for name, scan in scans if scan for note in scan.notes]
+    if brain is None:
+        mask = _nonzero(reference, arrays)
+    else:
+        mask = _as_mask(_matched(reference, brain, ignore_affine), brain)
+    if not mask.any():
+        path = reference.path if brain is None else brain.path
+        raise nifti.EmptyBrain(f"{path}: no voxel is brain. Check or replace the file.")
+    marked = np.zeros_like(mask)
+    if lesion is not None:
+        marked = _as_mask(_matched(reference, lesion, ignore_affine), lesion)
+    stripped = [
+        _strip(name, scan, array, mask, notes)
+        for (name, scan), array in zip(images.items(), arrays, strict=True)
+    ]
+    return _Subject(stripped, mask, marked, notes)
 
 
 def _matched(
@@ -272,52 +225,46 @@ def _strip(
 
 
 def _place(recipe: Recipe, reference: nifti.Scan, brain: np.ndarray) -> _Frame:
-    """Centres the grids on the brain's bounding box."""
-    edges = geometry.spacing(reference.affine)
-    if recipe.working_grid is None:
-        low, high = geometry.bounding_box(brain)
-        step, start = [], []
-        for axis in range(3):
-            ratio = recipe.spacing[axis] / edges[axis]
-            first = (low[axis] + high[axis] - 1) / 2
-            if abs(ratio - 1) < _SAME_SPACING:
-                ratio = 1.0
-                first = math.floor(first - (recipe.grid[axis] - 1) / 2 + 0.5)
-            else:
-                first -= ratio * (recipe.grid[axis] - 1) / 2
+    """Centres the model grid on the brain's bounding box."""
+    low, high = geometry.bounding_box(brain)
+    step, start = [], []
+    for axis, edge in enumerate(geometry.spacing(reference.affine)):
+        centre = (low[axis] + high[axis] - 1) / 2
+        half = (recipe.grid[axis] - 1) / 2
+        ratio = recipe.spacing[axis] / edge
+        if abs(ratio - 1) < _SAME_SPACING:  # whole voxels: nothing to interpolate
+            step.append(1.0)
+            start.append(float(math.floor(centre - half + 0.5)))
+        else:
             step.append(ratio)
-            start.append(float(first))
-        return _Frame(start=_triple(start), step=_triple(step))
+            start.append(centre - ratio * half)
+    return _Frame(start=_triple(start), step=_triple(step))
 
-    work_step = [
-        1.0 if abs(1 / edge - 1) < _SAME_SPACING else 1 / edge for edge in edges
-    ]
-    work_start = [(step - 1) / 2 for step in work_step]
-    work_shape = [
-        max(round(size / step), 1)
-        for size, step in zip(brain.shape, work_step, strict=True)
-    ]
+
+def _place_working_grid(
+    recipe: Recipe, working_grid: geometry.Shape, scan: nifti.Scan, brain: np.ndarray
+) -> _Frame:
+    """Cuts the brain's box at 1 mm and crops or pads it to the working grid."""
+    edges = geometry.spacing(scan.affine)
+    ones = [1.0 if abs(edge - 1) < _SAME_SPACING else 1 / edge for edge in edges]
+    first = [(one - 1) / 2 for one in ones]
+    size = [max(round(n / one), 1) for n, one in zip(brain.shape, ones, strict=True)]
     at_1mm = geometry.sample_mask(
-        brain,
-        _triple(work_start),
-        _triple(work_step),
-        _whole(work_shape),
-        recipe.mask_order,
+        brain, _triple(first), _triple(ones), _whole(size), recipe.mask_order
     )
     low, high = geometry.bounding_box(at_1mm)
     shape = [high[axis] - low[axis] for axis in range(3)]
     crop = [
-        geometry.crop_or_pad_start(size, target)
-        for size, target in zip(shape, recipe.working_grid, strict=True)
+        geometry.crop_or_pad_start(length, target)
+        for length, target in zip(shape, working_grid, strict=True)
     ]
-    box = [work_start[k] + work_step[k] * low[k] for k in range(3)]
-    start = [box[k] + work_step[k] * (crop[k] + recipe.start[k]) for k in range(3)]
-    step = [work_step[k] * recipe.spacing[k] for k in range(3)]
+    box = [first[k] + ones[k] * low[k] for k in range(3)]
+    start = [box[k] + ones[k] * (crop[k] + recipe.start[k]) for k in range(3)]
     return _Frame(
         start=_triple(start),
-        step=_triple(step),
+        step=_triple([ones[k] * recipe.spacing[k] for k in range(3)]),
         box_start=_triple(box),
-        box_step=_triple(work_step),
+        box_step=_triple(ones),
         box_shape=_whole(shape),
         crop=_whole(crop),
     )
@@ -332,18 +279,21 @@ def _whole(values: Sequence[int]) -> geometry.Shape:
 
 
 def _through_working_grid(
-    recipe: Recipe, frame: _Frame, array: np.ndarray, brain: np.ndarray
+    recipe: Recipe,
+    working_grid: geometry.Shape,
+    frame: _Frame,
+    array: np.ndarray,
+    brain: np.ndarray,
 ) -> np.ndarray:
     """Denoises, crops and scales at 1 mm, then samples on the model grid."""
-    assert recipe.working_grid is not None
     unit = (1.0, 1.0, 1.0)
     box = (frame.box_start, frame.box_step, frame.box_shape)
     image = geometry.sample(array, *box, 3)
     image = normalise.curvature_flow(image, recipe.flow_steps)
     inside = geometry.sample_mask(brain, *box, recipe.mask_order)
     crop = _triple(frame.crop)
-    image = geometry.sample(image, crop, unit, recipe.working_grid, 0)
-    inside = geometry.sample_mask(inside, crop, unit, recipe.working_grid, 0)
+    image = geometry.sample(image, crop, unit, working_grid, 0)
+    inside = geometry.sample_mask(inside, crop, unit, working_grid, 0)
     image = _scaled(recipe, image, inside)
     return geometry.sample(
         image, recipe.start, recipe.spacing, recipe.grid, recipe.order
@@ -360,11 +310,11 @@ def _check_cropping(
     recipe: Recipe,
     frame: _Frame,
     reference: nifti.Scan,
-    brain: np.ndarray,
-    lesion: np.ndarray,
+    subject: _Subject,
     notes: list[str],
 ) -> None:
     """Notes what falls outside the grid; too much of the brain is an error."""
+    brain, lesion = subject.brain, subject.lesion
     window = []
     for axis, (start, step, size) in enumerate(
         zip(frame.start, frame.step, recipe.grid, strict=True)
