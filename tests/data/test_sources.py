@@ -1,5 +1,6 @@
 import pathlib
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -54,3 +55,12 @@ def test_a_slice_that_is_not_there_is_named(path: pathlib.Path) -> None:
 def test_missing_store_says_how_to_make_one(tmp_path: pathlib.Path) -> None:
     with pytest.raises(sources.StoreError, match=r"run\.py prepare"):
         sources.Store.open(tmp_path / "nothing")
+
+
+def test_unpack_reads_every_zlib_level() -> None:
+    rng = np.random.default_rng(0)
+    for size in (7, 300, 70_000):  # one stored block holds 65535 bytes
+        data = rng.integers(0, 3, size, np.uint8)
+        for level in (0, 1, 6, 9):
+            packed = zlib.compress(data.tobytes(), level)
+            np.testing.assert_array_equal(sources.unpack(packed, size), data)

@@ -94,25 +94,25 @@ def _slabs(
 
 @dataclasses.dataclass(frozen=True)
 class _Draw(grain.transforms.RandomMap):
-    """Draws the first slice of example i; the rng is keyed by its place."""
+    """Draws the first slices of a batch; grain keys the rng by the batch's number."""
 
     candidates: Candidates
 
-    def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
+    def random_map(self, element: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         low, high = self.candidates.low[element], self.candidates.high[element]
-        z = rng.integers(low, high, endpoint=True)
-        return np.array([self.candidates.uid[element], z], np.int32)
+        z = rng.integers(low, high, endpoint=True, dtype=np.int32)
+        return np.stack([self.candidates.uid[element], z], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fixed(grain.transforms.Map):
-    """Looks up example i."""
+    """Looks up the first slices of a batch."""
 
     candidates: Candidates
 
-    def map(self, element: int) -> np.ndarray:
+    def map(self, element: np.ndarray) -> np.ndarray:
         uid, z = self.candidates.uid[element], self.candidates.low[element]
-        return np.array([uid, z], np.int32)
+        return np.stack([uid, z], axis=1)
 
 
 def index_stream(
@@ -132,11 +132,10 @@ def index_stream(
       A data set whose element n is global batch n, [B, 2] int32.
     """
     chain = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    batches = chain.batch(batch_size, drop_remainder=True)
     if np.array_equal(examples.low, examples.high):
-        chain = chain.map(_Fixed(examples))
-    else:
-        chain = chain.random_map(_Draw(examples))
-    return chain.batch(batch_size, drop_remainder=True)
+        return batches.map(_Fixed(examples))
+    return batches.random_map(_Draw(examples))
 
 
 def spread_choice(examples: Candidates, count: int, seed: int) -> np.ndarray:

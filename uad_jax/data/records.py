@@ -128,7 +128,10 @@ def write(
             examples=examples,
             data_dir=str(directory),
         )
-        builder.download_and_prepare()
+        # One file, because every file of a batched read costs a call of its own.
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(num_shards=1)
+        )
     shutil.rmtree(directory / "downloads", ignore_errors=True)  # made empty by TFDS
     features(*shape, dtype).save_config(str(builder.data_path))
 
