@@ -78,7 +78,7 @@ def test_atlas_counts_only_brain_voxels() -> None:
     hidden = pairs[0][1].copy()
     hidden[2, 3, 3] = False
     wild = np.where(hidden, pairs[0][0], 1e6)
-    atlas = baselines.fit_atlas([(wild, hidden), *pairs[1:]], sigma=1e-3)
+    atlas = baselines.fit_atlas([*pairs[1:], (wild, hidden)], sigma=1e-3)
     others = np.stack([image for image, _ in pairs[1:]])[:, 2, 3, 3]
     np.testing.assert_allclose(atlas.mean[2, 3, 3], others.mean(), atol=1e-5)
     assert np.isfinite(atlas.mean).all()
