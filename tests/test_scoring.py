@@ -14,7 +14,7 @@ from uad_jax.metrics import voxel
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.types import Labels, ModelState, Scores, Volumes
 
-GRID = (4, 26, 26, 1)
+GRID = (5, 26, 26, 1)
 
 
 def _info(uid: int, depth: int = GRID[0]) -> sources.VolumeInfo:
@@ -31,6 +31,7 @@ def _info(uid: int, depth: int = GRID[0]) -> sources.VolumeInfo:
         geometry=stores.phantom(0, GRID).geometry,
         brain_voxels=[1] * depth,
         content="",
+        clipped=0,
     )
 
 
@@ -63,12 +64,12 @@ def test_results_hold_the_brain_and_leave_out_padding(
     mesh1: jax.sharding.Mesh,
 ) -> None:
     volumes, labels = _batch(mesh1)
-    infos = [_info(1), _info(2, depth=3)]
+    infos = [_info(1), _info(2, depth=4)]
     rows = list(
         scoring.score_volumes(_identity(), volumes, labels, infos, {"rule": 0.7})
     )
     for row, (result, arrays) in enumerate(rows):
-        depth = 4 - row
+        depth = 5 - row
         brain = np.asarray(volumes.mask)[row, :depth, ..., 0]
         lesion = labels.lesion[row, :depth]
         assert arrays.image.shape == (depth, 26, 26, 1)
@@ -123,10 +124,10 @@ def test_reconstruction_errors_equal_a_loop_over_slices(
         Protocol.NONE,
         mesh1,
     )
-    infos = [_info(1), _info(2, depth=3)]
+    infos = [_info(1), _info(2, depth=4)]
     rows = list(scoring.score_volumes(scorer, volumes, labels, infos, {}))
     for row, (result, arrays) in enumerate(rows):
-        moved = shift[row, : 4 - row]
+        moved = shift[row, : 5 - row]
         expected = np.abs(moved)[arrays.brain].mean()
         assert result.reconstruction["l1_brain"] == pytest.approx(expected, rel=1e-4)
         expected = np.abs(moved).mean()

@@ -68,11 +68,11 @@ def metrics(results: Sequence[VolumeResult], num_samples: int) -> dict[str, Any]
     row: dict[str, Any] = {"num_volumes": len(results), "num_lesion": len(lesions)}
     row |= _voxel_metrics(lesions, num_samples)
     row |= _threshold_metrics(results, lesions)
-    row["slice_auroc"] = _two_class_auroc(
+    row["slice_auroc"] = voxel.label_auroc(
         np.concatenate([result.slice_score for result in results]),
         np.concatenate([result.slice_lesion for result in results]),
     )
-    row["volume_auroc"] = _two_class_auroc(
+    row["volume_auroc"] = voxel.label_auroc(
         np.array([result.volume_score for result in results]),
         np.array([result.abnormal for result in results]),
     )
@@ -247,11 +247,12 @@ def best_median_worst(
         return {}
     values = [voxel.average_precision(voxel.rank(one.voxels)) for one in lesions]
     order = np.argsort(values)[::-1]
-    places = {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}
+    places = {0: "best", len(order) // 2: "median", len(order) - 1: "worst"}
+    if len(order) < 3:  # one place would have two names
+        places = {0: "best", len(order) - 1: "worst"} if len(order) > 1 else {0: "only"}
     return {
         name: (lesions[order[place]], values[order[place]])
-        for name, place in places.items()
-        if place < len(order) and (name == "best" or place > 0)
+        for place, name in places.items()
     }
 
 
@@ -333,9 +334,3 @@ def _with_lesion(results: Sequence[VolumeResult]) -> list[VolumeResult]:
 
 def _group(result: VolumeResult, group_by: str) -> str:
     return result.info.extra.get(group_by, "")
-
-
-def _two_class_auroc(scores: np.ndarray, abnormal: np.ndarray) -> float:
-    return voxel.auroc(
-        voxel.rank(voxel.VoxelScores(scores.astype(np.float64), abnormal.astype(bool)))
-    )

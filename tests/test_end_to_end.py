@@ -1,0 +1,149 @@
+"""The whole walk on 8 virtual devices: store, training, evaluation, report."""
+
+import csv
+import json
+import pathlib
+import re
+
+import jax
+import nibabel
+import numpy as np
+import pytest
+
+from configs import smoke
+from tests import stores
+from uad_jax import config as config_lib
+from uad_jax import evaluate, train
+from uad_jax import mesh as mesh_lib
+from uad_jax.data import sources
+from uad_jax.metrics import calibration
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[config_lib.ExperimentConfig, pathlib.Path]:
+    """A run of 8 steps on a tiny store, on 8 devices."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    config = smoke.get_config()
+    config.data.store = str(stores.tiny_store(folder))
+    config.evaluation.export_maps = True
+    result = train.train(config, folder / "run", progress=False)
+    assert result.stopped == "done"
+    return config, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+) -> dict:
+    config, workdir = trained
+    return evaluate.evaluate(config, workdir, progress=False)["test"]
+
+
+def test_results_hold_the_model_and_five_baselines(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    _, workdir = trained
+    stored = json.loads((workdir / "results" / "test.json").read_text())
+    assert len(stored["scorers"]) == 6
+    assert stored["set"]["num_volumes"] == 3
+    assert stored["set"]["num_abnormal"] == 1
+    for row in evaluated["scorers"].values():
+        assert 0 < row["ap_pooled"] <= 1
+    # The phantom's lesion is bright: thresholding solves it, which a test may know.
+    assert evaluated["scorers"]["raw intensity"]["auroc_pooled"] > 0.8
+    assert evaluated["healthy_reconstruction"]["l1_brain"] > 0
+    assert str(workdir) not in json.dumps(stored)  # no absolute path
+
+
+def test_subject_table_has_a_row_per_volume_and_scorer(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    del evaluated
+    path = trained[1] / "results" / "test_subjects.csv"
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 6
+    assert {row["subject"] for row in rows} == {"test-0", "test-1", "test-2"}
+
+
+def test_calibration_is_stored_beside_the_checkpoint(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    step = evaluated["run"]["step"]
+    entries = calibration.load(trained[1] / "calibration" / str(step) / "behrendt.json")
+    assert set(entries["smoke"].healthy_fpr) == {0.01, 0.05, 0.1}
+    assert entries["smoke"].num_healthy == 1
+
+
+def test_maps_lie_on_the_grid_of_the_scan(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    del evaluated
+    config, workdir = trained
+    store = sources.Store.open(pathlib.Path(config.data.store))
+    info = next(one for one in store.volumes if one.subject == "test-1")
+    image = nibabel.load(workdir / "maps/test/test-1_desc-anomaly_map.nii.gz")
+    assert image.shape == info.geometry.native_shape
+    np.testing.assert_allclose(image.affine, info.geometry.native_affine)
+    assert image.get_data_dtype() == np.float32
+
+
+def test_report_is_one_file_that_loads_nothing(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    del evaluated
+    page = (trained[1] / "report.html").read_text(encoding="utf-8")
+    assert "For research only" in page
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.findall(r'(?:src|href)="(?!data:)[^"]+"', page)
+    assert str(trained[1]) not in page
+
+
+def test_evaluation_is_the_same_on_one_device(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+    evaluated: dict,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    single = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)["test"]
+    for name, row in evaluated["scorers"].items():
+        for key in ("ap_pooled", "auroc_pooled", "slice_auroc", "volume_auroc"):
+            assert single["scorers"][name][key] == pytest.approx(row[key], abs=1e-6)
+
+
+def test_evaluation_leaves_the_run_as_it_was(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    del evaluated
+    config, workdir = trained
+
+    def checkpoints() -> dict[str, int]:
+        folder = workdir / "checkpoints"
+        return {
+            str(path.relative_to(folder)): path.stat().st_mtime_ns
+            for path in folder.rglob("*")
+        }
+
+    before = checkpoints()
+    evaluate.evaluate(config, workdir, progress=False)
+    assert checkpoints() == before
+
+
+def test_another_modality_is_refused_with_both_names(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh8: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    other = stores.tiny_store(tmp_path, modalities=("t2",))
+    opened = smoke.get_config()
+    config_lib.fill(opened, config_lib.to_dict(config))
+    opened.evaluation.sets = {"t2": config_lib.EvaluationSet(store=str(other))}
+    with pytest.raises(ValueError, match=r"(?s)modalities.*t2.*t1"):
+        evaluate.evaluate(opened, workdir, mesh=mesh8, progress=False)
+
+
+def test_make_mesh_uses_all_virtual_devices() -> None:
+    assert mesh_lib.make_mesh().size == 8
