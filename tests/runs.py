@@ -5,6 +5,7 @@ As a program, one run in its own process: `python -m tests.runs OPTIONS_AS_JSON`
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -130,8 +131,9 @@ def scale_config(store: pathlib.Path, **options: Any) -> config_lib.ExperimentCo
 
 
 def smoke_config(store: pathlib.Path, **options: Any) -> config_lib.ExperimentConfig:
-    """The smoke config on a store; options are `--config` paths."""
+    """The smoke config, two levels deep; options are `--config` paths."""
     config = smoke.get_config()
+    config.method.intermediate_resolution = 8  # type: ignore[attr-defined]
     config.data.store = str(store)
     config.train.log_every = 1
     return overridden(config, options)
@@ -204,7 +206,8 @@ def main(options: dict[str, Any]) -> int:
 
     Args:
       options: "store", "workdir", "config" (overrides), "devices", "distributed",
-        "pace" (seconds per step), "slow_save" (seconds that a save takes).
+        "pace" (seconds per step), "slow_save" ({"from": step, "seconds": ...}: how
+        long saves from a step on take).
     """
     runtime.setup()
     if options.get("distributed"):
@@ -219,11 +222,14 @@ def main(options: dict[str, Any]) -> int:
     loop.Reporter.settle = slow_settle
     save = checkpoint.Checkpoints.save
 
-    def slow_save(*args: Any, **kwargs: Any) -> Any:
-        if options.get("slow_save"):
-            print("SAVING", flush=True)
-            time.sleep(options["slow_save"])
-        return save(*args, **kwargs)
+    def slow_save(
+        self: checkpoint.Checkpoints, step: int, *args: Any, **kw: Any
+    ) -> Any:
+        slow = options.get("slow_save", {"from": math.inf})
+        if step >= slow["from"]:
+            print("SAVING SLOWLY", flush=True)
+            time.sleep(slow["seconds"])
+        return save(self, step, *args, **kw)
 
     checkpoint.Checkpoints.save = slow_save
     config = smoke_config(pathlib.Path(options["store"]), **options.get("config", {}))
