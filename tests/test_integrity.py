@@ -1,5 +1,7 @@
+import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -221,8 +223,11 @@ def test_fault_A1_kill_9_during_a_save_leaves_the_last_complete_step(
         assert child.returncode == -9, output
         directory = tmp_path / fate
         caplog.clear()
+        left_over = [p.name for p in directory.iterdir() if ".saving" in p.name]
         checkpoints = checkpoint.Checkpoints(directory)
         latest = checkpoints.latest()
+        assert left_over or fate != "before_rename"
+        assert {p.name for p in directory.iterdir()} == {"1", str(latest)}
         assert latest in fates[fate]
         if latest == 1:
             with caplog.at_level("INFO"):
@@ -248,3 +253,58 @@ def test_fault_A6_a_full_disk_is_loud_and_harms_no_older_step(
     assert "bytes free there" in output
     assert "after the failure: [1]" in output
     assert "in the end: [1, 3]" in output
+
+
+# Two processes save, lose the newest step, and fall back together.
+_PEER = """
+import pathlib, sys
+import jax
+
+directory, port, process = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+
+from jax.experimental import multihost_utils
+from tests import checkpoint_cases as cases
+from uad_jax import checkpoint, mesh as mesh_lib
+
+mesh = mesh_lib.make_mesh()
+states = {step: cases.make_state(step, mesh=mesh) for step in (1, 2, 3)}
+checkpoints = checkpoint.Checkpoints(directory)
+for step, state in states.items():
+    assert checkpoints.save(step, state, metrics={"loss": float(step)})
+checkpoints.wait()
+assert (checkpoints.steps(), checkpoints.best()) == ([1, 2, 3], 1)
+multihost_utils.sync_global_devices("damage")
+if process == "0":
+    (pathlib.Path(directory) / "3" / "note.json").write_text("?")
+restored, step = checkpoints.restore(cases.abstract_of(states[1], mesh))
+assert step == 2, step
+cases.assert_equal(restored, states[2])
+assert not checkpoints.save(2, restored, metrics=None)
+assert checkpoints.save(3, states[3], metrics=None)
+checkpoints.close()
+print(checkpoints.steps())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_directory(tmp_path: pathlib.Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    peers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PEER, str(tmp_path), str(port), process],
+            cwd=ROOT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in ("0", "1")
+    ]
+    for peer in peers:
+        output, _ = peer.communicate(timeout=120)
+        assert peer.returncode == 0, output
+        assert "[1, 2, 3]" in output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3", "3.bad"]

@@ -297,7 +297,6 @@ class Checkpoints:
                 if newer > step:
                     logging.warning("Rollback to step %d deletes step %d.", step, newer)
                     integrity.delete(self._path(newer))
-            shutil.rmtree(self._staged(step), ignore_errors=True)
             if not there and self._path(step).exists():
                 aside = integrity.quarantine(self._path(step))
                 logging.warning("An incomplete step %d is now %s.", step, aside.name)
