@@ -27,10 +27,13 @@ class Template:
       affine: Voxel index to world RAS mm, [4, 4] float64.
       world: World x, y, z in mm of every voxel, [3, 96, 96, 80] float32.
       depth: Distance in mm to the outside of the filled brain, 0 outside.
+      vicinity: Within 14 mm of the brain, bool.
       pial_depth: Distance in mm to the next fluid or the outside.
       outward: Unit normal away from the brain's centre, [3, 96, 96, 80].
       vent_distance: Signed distance in mm to the ventricle, negative inside.
       vent_normal: Its gradient, away from the ventricle, [3, 96, 96, 80].
+      vent_growth: How tissue moves when the ventricles grow by 1 mm, smooth, the
+        same shape.
       refolded: Share of the cortex that is redrawn per subject, in [0, 1].
     """
 
@@ -38,10 +41,12 @@ class Template:
     affine: np.ndarray
     world: np.ndarray
     depth: np.ndarray
+    vicinity: np.ndarray
     pial_depth: np.ndarray
     outward: np.ndarray
     vent_distance: np.ndarray
     vent_normal: np.ndarray
+    vent_growth: np.ndarray
     refolded: np.ndarray
 
     @property
@@ -78,15 +83,21 @@ def template() -> Template:
     fluid = maps[INDEX["csf"]] > 0.5
     vent = maps[INDEX["vent"]] > 0.5
     vent_distance = ndimage.gaussian_filter(_distance(~vent) - _distance(vent), 0.7)
+    vent_normal = _unit_gradient(ndimage.gaussian_filter(vent_distance, 1.0))
+    # Between two horns the normal flips; unsmoothed, the warp would tear there.
+    growth = vent_normal * np.exp(-np.abs(vent_distance) / 14)
+    growth = ndimage.gaussian_filter(growth, (0, 2.0, 2.0, 2.0))
     return Template(
         maps=maps,
         affine=affine,
         world=world,
         depth=depth,
+        vicinity=_distance(depth == 0) < 14,
         pial_depth=_distance(brain & ~fluid),
         outward=-_unit_gradient(smooth_depth),
         vent_distance=vent_distance,
-        vent_normal=_unit_gradient(ndimage.gaussian_filter(vent_distance, 1.0)),
+        vent_normal=vent_normal,
+        vent_growth=growth,
         refolded=_refolded_share(maps, world, depth),
     )
 
@@ -107,11 +118,11 @@ def refold(base: Template, rng: np.random.Generator) -> np.ndarray:
       Soft tissue maps like `base.maps`.
     """
     shape, spacing = base.shape, SPACING_MM
-    thickness = rng.normal(2.7, 0.15)
-    opening = np.clip(rng.normal(0.5, 0.25), 0.1, 1.1)  # half width of a sulcus, mm
-    folds = fields.smooth_field(rng, shape, spacing, 4.2)
-    folds = folds - 0.75 * fields.smooth_field(rng, shape, spacing, 9.0)
-    reach = 12.0 + 4.0 * fields.smooth_field(rng, shape, spacing, 12.0)
+    thickness = rng.normal(3.0, 0.15)
+    opening = np.clip(rng.normal(0.7, 0.3), 0.2, 1.4)  # half width of a sulcus, mm
+    folds = fields.smooth_field(rng, shape, spacing, 5.6)
+    folds = folds - 0.5 * fields.smooth_field(rng, shape, spacing, 12.0)
+    reach = 14.0 + 5.0 * fields.smooth_field(rng, shape, spacing, 12.0)
     wobble = fields.smooth_field(rng, shape, spacing, 5.0)
 
     index = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"))
@@ -130,6 +141,7 @@ def refold(base: Template, rng: np.random.Generator) -> np.ndarray:
 
     csf, gm, wm = (INDEX[name] for name in ("csf", "gm", "wm"))
     maps = base.maps.copy()
+    _add_folia(base, maps, wobble)
     cortex = maps[csf] + maps[gm] + maps[wm]
     share = base.refolded
     solid = (1 - fluid) * cortex
@@ -137,6 +149,38 @@ def refold(base: Template, rng: np.random.Generator) -> np.ndarray:
     maps[gm] += share * (solid * grey - maps[gm])
     maps[wm] += share * (solid * (1 - grey) - maps[wm])
     return maps
+
+
+def strip_skull(brain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What an imperfect skull stripping keeps of a soft brain: one piece, no holes.
+
+    Args:
+      brain: Soft brain in the subject's space, [X, Y, Z] float32 in [0, 1].
+      rng: Source of the imperfection.
+
+    Returns:
+      Brain mask, [X, Y, Z] bool.
+    """
+    edge = 0.5 + 0.12 * fields.smooth_field(rng, brain.shape, SPACING_MM, 9.0)
+    mask = ndimage.binary_opening(ndimage.gaussian_filter(brain, 0.5) > edge)
+    pieces, _ = ndimage.label(mask)
+    largest = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+    return np.asarray(ndimage.binary_fill_holes(largest))
+
+
+def _add_folia(base: Template, maps: np.ndarray, wobble: np.ndarray) -> None:
+    """Cuts leaves into the cerebellar cortex, fanned about the fourth ventricle."""
+    _, front, height = base.world
+    angle = np.arctan2(height + 34, -(front + 44))
+    wave = np.cos(34 * angle + 1.2 * wobble)
+    shallow = fields.step(9.0 - base.pial_depth, 8.0)
+    csf, gm, wm = (INDEX[name] for name in ("csf", "cbgm", "cbwm"))
+    cut = 0.45 * np.maximum(wave, 0) ** 2 * shallow * maps[gm]
+    core = 0.45 * np.maximum(-wave, 0) ** 2 * fields.step(base.pial_depth - 4, 6.0)
+    core = core * maps[gm]
+    maps[csf] += cut
+    maps[wm] += core
+    maps[gm] -= cut + core
 
 
 def _refolded_share(

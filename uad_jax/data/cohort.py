@@ -155,7 +155,7 @@ def make_subject(
     site = scanner.SCANNERS[scanner_name]
     base = anatomy.template()
     maps = anatomy.refold(base, geometry)
-    position = warp.draw(base, geometry)
+    shape = warp.draw(base, geometry)
     layers = lesions.harmless(base, maps, geometry)
     lesion = lesions.draw(kind, base, maps, _generator(streams["lesion"]))
     extent = np.zeros(base.shape, np.float32)
@@ -163,9 +163,9 @@ def make_subject(
         layers += lesion.layers
         extent = lesion.extent
         if lesion.push is not None:
-            position = warp.push_away(base, position, lesion.push)
+            shape = warp.push_away(base, shape, lesion.push)
 
-    brain = warp.sample(base, maps.sum(0), position) > 0.5
+    brain = anatomy.strip_skull(shape.pull(base, maps.sum(0)), geometry)
     images = {}
     contrasts = streams["contrast"].spawn(len(scanner.MODALITIES))
     noises = streams["noise"].spawn(len(scanner.MODALITIES))
@@ -174,11 +174,11 @@ def make_subject(
         image = scanner.tissue_image(
             maps, layers, modality, site, _generator(contrasts[number])
         )
-        image = warp.sample(base, image, position)
+        image = shape.pull(base, image)
         images[modality] = scanner.acquire(
             image, brain, site, _generator(noises[number])
         )
-    mask = (warp.sample(base, extent, position) > 0.5) & brain
+    mask = (shape.pull(base, extent) > 0.5) & brain
     return Subject(
         images=images,
         brain=brain,

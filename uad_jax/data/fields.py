@@ -44,6 +44,7 @@ def _basis(size: int, spacing: float, length: float) -> np.ndarray:
     offset = np.arange(size)[:, None] * spacing - knots
     weights = np.exp(-0.5 * (offset / sigma) ** 2)
     weights /= np.linalg.norm(weights, axis=1, keepdims=True)
+    weights[weights < 1e-6] = 0  # subnormal numbers would slow the products tenfold
     return weights.astype(np.float32)
 
 

@@ -12,6 +12,7 @@ from uad_jax.data import anatomy, fields
 
 SPACING_MM = anatomy.SPACING_MM
 _MIN_ALPHA = 0.05  # fainter is cut to 0, so that the healthy twin is equal there
+_MIN_RADIUS_MM = 1.8  # a smaller plaque could fall between the voxels
 
 
 class Kind(enum.Enum):
@@ -153,13 +154,12 @@ def _sclerosis(
     white = maps[anatomy.INDEX["wm"]]
     solid = _solid(maps)
     count = int(np.clip(np.rint(22 * np.exp(0.55 * rng.standard_normal())), 3, 90))
-    candidates = np.flatnonzero((white > 0.6) & (base.depth > 5))
+    candidates = np.flatnonzero((white > 0.5) & (base.depth > 5))
     away = np.maximum(base.vent_distance.ravel()[candidates], 0)
     density = 0.62 * np.exp(-away / 7) + 0.30 * np.exp(-away / 22) + 0.10
-    # The plaques near the ventricle are common because the density is a mixture per
-    # distance, not per voxel: divide by how many voxels lie at that distance.
     chosen = rng.choice(candidates, count, p=density / density.sum())
     wobble = fields.smooth_field(rng, base.shape, SPACING_MM, 3.0)
+    burden = np.exp(rng.normal(0.0, 0.2))  # some have confluent, large plaques
 
     alpha = np.zeros(base.shape, np.float32)
     extent = np.zeros(base.shape, np.float32)
@@ -167,17 +167,22 @@ def _sclerosis(
         centre = np.unravel_index(flat, base.shape)
         near = base.vent_distance[centre] < 8
         radius = np.clip(2.3 * np.exp(0.5 * rng.standard_normal()), 1.1, 8.0)
-        radius *= 1.25 if near else 1.0
+        radius *= burden * (1.25 if near else 1.0)
         longer, peak = rng.uniform(1, 2), rng.uniform(0.45, 1.0)
         box = _box(centre, 2.2 * radius + 4, base.shape)
         offset = base.world[(slice(None), *box)] - _column(base.world, centre)
         normal = base.vent_normal[(slice(None), *centre)]
         along = np.tensordot(normal, offset, 1)
         square = (offset**2).sum(0) - along**2 * (1 - 1 / longer**2)
-        signed = radius * (1 + 0.28 * wobble[box]) - np.sqrt(np.maximum(square, 0))
+        size = np.maximum(radius * (1 + 0.28 * wobble[box]), _MIN_RADIUS_MM)
+        signed = size - np.sqrt(np.maximum(square, 0))
         inside = fields.step(signed, 2.0) * solid[box]
+        if inside.max() < 0.9:
+            continue  # mostly in fluid: it would be painted but not annotated
         alpha[box] = np.maximum(alpha[box], peak * inside)
-        extent[box] = np.maximum(extent[box], inside)
+        # A plaque between voxels keeps a quarter of its height: annotate it too.
+        annotated = inside * (2 if radius < 2.5 else 1)
+        extent[box] = np.maximum(extent[box], annotated)
     paint = {
         "t1": rng.normal(0.72, 0.10),
         "t2": rng.normal(1.85, 0.25),
@@ -248,7 +253,7 @@ def _stroke(
     length = np.sqrt((offset**2).sum(0))
     along = np.tensordot(axis, offset, 1)
     angle = np.arccos(np.clip(along / np.maximum(length, 1e-3), -1, 1))
-    signed = (half_angle - angle) * length + 3.0 * wobble + 1.2 * rough
+    signed = (half_angle - angle) * length + 4.0 * wobble + 1.5 * rough
     signed = np.minimum(signed, along)
     signed = np.minimum(signed, side * base.world[0] - 4)
     hind = sum(maps[anatomy.INDEX[name]] for name in ("cbgm", "cbwm", "bstem"))

@@ -187,7 +187,8 @@ def _ventricles(fluid: np.ndarray, position: list[np.ndarray]) -> np.ndarray:
     """Marks the fluid that is connected with the lateral ventricles."""
     side, front, height = position
     body = (side < 26) & (front > -50) & (front < 36) & (height > -2) & (height < 32)
-    body &= ~((height > 8) & (side < 4) & (front < -34))
+    body &= ~((side < 11) & (front < -27) & (height < 18))  # cistern, not ventricle
+    body &= ~((side < 4) & (front < -34))
     horn = (side < 36) & (side > 10) & (front > -84) & (front < -30)
     horn &= (height > -8) & (height < 26)
     temporal = (side > 24) & (side < 40) & (front > -42) & (front < -6)
