@@ -468,14 +468,20 @@ def _outcome(path: pathlib.Path) -> str:
     return "scan" if np.isfinite(scan.data).all() else "not finite"
 
 
-def test_a_random_header_gives_a_scan_or_a_typed_error(tmp_path: pathlib.Path) -> None:
-    raw = _save(tmp_path / "a.nii").read_bytes()
+@pytest.mark.parametrize(
+    ("kind", "size"), [(nib.Nifti1Image, 352), (nib.Nifti2Image, 544)]
+)
+def test_a_random_header_gives_a_scan_or_a_typed_error(
+    tmp_path: pathlib.Path, kind: type[nib.Nifti1Image], size: int
+) -> None:
+    nib.save(kind(_values(), AFFINE), tmp_path / "a.nii")
+    raw = (tmp_path / "a.nii").read_bytes()
     rng = np.random.default_rng(0)
     path = tmp_path / "b.nii"
     kinds = set()
     for _ in range(400):
         damaged = bytearray(raw)
-        for position in rng.integers(0, 352, rng.integers(1, 5)):
+        for position in rng.integers(0, size, rng.integers(1, 5)):
             damaged[position] = rng.integers(256)
         path.write_bytes(damaged)
         outcome = _outcome(path)

@@ -232,6 +232,39 @@ def test_the_brain_lies_in_the_middle_whatever_the_world_origin(
     assert np.corrcoef(back[inside], stored[inside])[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "SAL", "ILA", "ASL"])
+@pytest.mark.parametrize("recipe", [TINY, SMALL_BEHRENDT])
+def test_permuted_storage_changes_nothing_and_is_restored(
+    tmp_path: pathlib.Path, codes: str, recipe: preprocess.Recipe
+) -> None:
+    image = _head((14, 16, 12), (6, 7, 5))
+    lesion = np.zeros_like(image)
+    lesion[4:6, 10:13, 5:7] = 1
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
+    )
+    scans = []
+    for name, data in (("a", image), ("m", lesion)):
+        nib.save(
+            nib.Nifti1Image(data, np.diag([2.0, 2, 2, 1])).as_reoriented(turn),
+            tmp_path / f"{name}.nii.gz",
+        )
+        scans.append(nifti.read_image(tmp_path / f"{name}.nii.gz"))
+    straight = preprocess.apply(
+        recipe,
+        {"t1": _scan(tmp_path, image, name="s.nii.gz")},
+        lesion=_scan(tmp_path, lesion, name="t.nii.gz"),
+    )
+    turned = preprocess.apply(recipe, {"t1": scans[0]}, lesion=scans[1])
+    np.testing.assert_allclose(turned.image, straight.image, atol=1e-6)
+    back = geometry.to_native(turned.lesion, turned.geometry)
+    stored = nib.load(tmp_path / "m.nii.gz").get_fdata() > 0
+    if recipe is TINY:
+        np.testing.assert_array_equal(back, stored)
+    overlap = 2 * np.count_nonzero(back & stored) / (back.sum() + stored.sum())
+    assert overlap > 0.5
+
+
 def test_grid2mm_averages_a_1_mm_scan(tmp_path: pathlib.Path) -> None:
     image = _head((28, 30, 24), (13, 14, 11))
     noisy = image + np.where(
@@ -245,6 +278,7 @@ def test_grid2mm_averages_a_1_mm_scan(tmp_path: pathlib.Path) -> None:
     scale = np.ptp(np.percentile(image[image != 0], (1, 99)))
     error = (clean.image - rough.image)[clean.brain].std()
     assert error < 0.6 * 40 / scale
+    assert not clean.image[~clean.brain].any()
     assert clean.brain.sum() == pytest.approx((image != 0).sum() / 8, rel=0.05)
 
 

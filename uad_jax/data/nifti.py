@@ -311,7 +311,7 @@ def _affine(
 
 def _usable(affine: np.ndarray) -> bool:
     """Whether an affine is finite, invertible and about the size of a head."""
-    if not np.isfinite(affine).all():
+    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e9:
         return False
     edges = np.array(geometry.spacing(affine))
     if edges.min() < 1e-4 or edges.max() > 1e5:
