@@ -245,7 +245,7 @@ def _check(
         problems = check.check(
             subjects, reading=reading, workers=workers, progress=progress.show
         )
-    text = check.render(problems, subjects)
+    text = check.render(problems, subjects, notes=False)
     if check.has_errors(problems):
         raise ValueError(f"Nothing was written. {text}")
     print(text, flush=True)

@@ -276,3 +276,15 @@ def test_equal_messages_share_a_line() -> None:
     text = check.render(problems, [])
     assert text.count("odd") == 1
     assert "a, b, c and 2 more" in text
+
+
+def test_messages_that_differ_in_numbers_share_a_line() -> None:
+    problems = [
+        Problem(severity=Severity.NOTE, message=f"{k}.5% lie within 6 mm.", subject="s")
+        for k in (10, 9, 20)
+    ]
+    text = check.render(problems, [])
+    assert "NOTE    9.5 to 20.5% lie within 6 mm." in text
+    assert "lie" not in check.render(problems, [], notes=False)
+    errors = [dataclasses.replace(p, severity=Severity.ERROR) for p in problems]
+    assert check.render(errors, []).count("lie within") == 3

@@ -10,6 +10,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,6 +26,7 @@ _SERIAL_SECONDS = 3.0  # longer work is worth starting processes for
 _MIN_PEERS = 8  # fewer images of a modality say nothing about an outlier
 _OUTLIER = 5.0  # robust standard deviations; T1 of other scanners stays below 3
 _MIN_SPREAD = 0.03  # of the fingerprint; smaller spreads count as this
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)")
 
 
 def check(
@@ -161,12 +163,18 @@ def has_errors(problems: Sequence[Problem]) -> bool:
     return any(problem.severity is Severity.ERROR for problem in problems)
 
 
-def render(problems: Sequence[Problem], subjects: Sequence[SubjectFiles]) -> str:
-    """Renders the table for people; equal messages share a line.
+def render(
+    problems: Sequence[Problem],
+    subjects: Sequence[SubjectFiles],
+    *,
+    notes: bool = True,
+) -> str:
+    """Renders the table for people; warnings and notes of one kind share a line.
 
     Args:
       problems: From `check`.
       subjects: What was checked.
+      notes: Whether notes are listed, not only counted.
 
     Returns:
       Text of several lines, the summary first.
@@ -180,9 +188,14 @@ def render(problems: Sequence[Problem], subjects: Sequence[SubjectFiles]) -> str
     lines = [f"Checked {len(subjects)} subjects, {files} files: {summary}."]
     groups: dict[tuple[Severity, str], list[Problem]] = {}
     for problem in problems:
-        groups.setdefault((problem.severity, problem.message), []).append(problem)
-    for (severity, message), group in groups.items():
-        lines.append(f"{severity.value.upper():7} {message}")
+        labels = problem.message.startswith("Mask:")
+        exact = labels or problem.severity is Severity.ERROR
+        kind = problem.message if exact else _NUMBER.sub("#", problem.message)
+        groups.setdefault((problem.severity, kind), []).append(problem)
+    for (severity, _), group in groups.items():
+        if severity is Severity.NOTE and not notes:
+            continue
+        lines.append(f"{severity.value.upper():7} {_merged(group)}")
         named = [
             f"{problem.subject} ({problem.path})" if problem.path else problem.subject
             for problem in group
@@ -192,7 +205,21 @@ def render(problems: Sequence[Problem], subjects: Sequence[SubjectFiles]) -> str
             lines += [f"        {name}" for name in named]
         elif named:
             lines.append(f"        {_some(named)}")
+    if counts[Severity.NOTE] and not notes:
+        lines.append("`run.py check-data` lists the notes.")
     return "\n".join(lines)
+
+
+def _merged(group: Sequence[Problem]) -> str:
+    """One message for several that differ in numbers only: "2 to 7 voxels"."""
+    messages = sorted({problem.message for problem in group})
+    columns = zip(*(_NUMBER.findall(message) for message in messages), strict=True)
+    ranges = []
+    for column in columns:
+        low, high = min(column, key=float), max(column, key=float)
+        ranges.append(low if low == high else f"{low} to {high}")
+    found = iter(ranges)
+    return _NUMBER.sub(lambda _: next(found), messages[0])
 
 
 def _some(names: Sequence[str]) -> str:

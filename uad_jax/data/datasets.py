@@ -338,7 +338,7 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "atlas_v2": DatasetSpec(
         title="ATLAS v2.0",
-        homepage="https://fcon_1000.projects.nitrc.org/indi/retro/atlas.html",
+        homepage="https://doi.org/10.1038/s41597-022-01401-7",
         licence="see the data use agreement of ATLAS",
         lists={"val": "ATLAS_v2_val.csv", "test": "ATLAS_v2_test.csv"},
         modalities=("t1",),
@@ -346,7 +346,7 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "wmh": DatasetSpec(
         title="WMH challenge",
-        homepage="https://wmh.isi.uu.nl/",
+        homepage="https://doi.org/10.34894/AECRSD",
         licence="see the terms of the challenge",
         lists={"val": "WMH_val.csv", "test": "WMH_test.csv"},
         modalities=("t1", "flair"),

@@ -255,9 +255,7 @@ def _eroded(
     near = tuple(slice(max(0, part.start - steps), part.stop + steps) for part in found)
     cross = ndimage.generate_binary_structure(2, 1)[..., None]
     result = np.zeros_like(brain)
-    result[near] = ndimage.binary_erosion(
-        brain[near], cross, iterations=steps, border_value=1
-    )
+    result[near] = ndimage.binary_erosion(brain[near], cross, iterations=steps)
     return result
 
 
