@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uad_jax import cost as cost_lib
@@ -56,7 +57,9 @@ def init(method: Method, spec: Batch, seed: int, mesh: Mesh) -> TrainState:
 
 def run_key(seed: int, mesh: Mesh) -> Key:
     """The key of a run on the mesh; step n trains with `fold_in(key, n)`."""
-    return jax.device_put(jax.random.key(seed), mesh_lib.replicated(mesh))
+    # As plain numbers: keys cannot be placed on the devices of other processes.
+    numbers = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    return jax.random.wrap_key_data(jax.device_put(numbers, mesh_lib.replicated(mesh)))
 
 
 def build(
