@@ -93,17 +93,10 @@ def apply(
         )
     if subject.lesion.any() and not lesion_grid.any():
         notes.append("No lesion voxel is left on the grid.")
-    channels = []
-    for array in subject.images:
-        if recipe.working_grid is None:
-            image = geometry.sample(array, *box, recipe.order)
-            image = _scaled(recipe, image, brain_grid)
-            image[~brain_grid] = 0
-        else:
-            image = _through_working_grid(
-                recipe, recipe.working_grid, frame, array, subject.brain
-            )
-        channels.append(image.transpose(2, 0, 1))
+    channels = [
+        _channel(recipe, frame, array, subject.brain, brain_grid)
+        for array in subject.images
+    ]
     return Prepared(
         image=np.stack(channels, axis=-1),
         brain=np.ascontiguousarray(brain_grid.transpose(2, 0, 1)),
@@ -276,6 +269,25 @@ def _triple(values: Sequence[float]) -> geometry.Triple:
 
 def _whole(values: Sequence[int]) -> geometry.Shape:
     return int(values[0]), int(values[1]), int(values[2])
+
+
+def _channel(
+    recipe: Recipe,
+    frame: _Frame,
+    array: np.ndarray,
+    brain: np.ndarray,
+    brain_grid: np.ndarray,
+) -> np.ndarray:
+    """Makes one modality: [D, H, W] float32 on the model grid."""
+    if recipe.working_grid is None:
+        image = geometry.sample(
+            array, frame.start, frame.step, recipe.grid, recipe.order
+        )
+        image = _scaled(recipe, image, brain_grid)
+        image[~brain_grid] = 0
+    else:
+        image = _through_working_grid(recipe, recipe.working_grid, frame, array, brain)
+    return image.transpose(2, 0, 1)
 
 
 def _through_working_grid(
