@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from uad_jax.optim import OptimizerConfig, Schedule
+
+
+def _rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """Step sizes of Adam on a constant gradient, which are the learning rates."""
+    tx = config.make(steps)
+    params = jnp.zeros(())
+    state, sizes = tx.init(params), []
+    for _ in range(steps):
+        update, state = tx.update(jnp.ones(()), state, params)
+        sizes.append(-float(update))
+    return np.array(sizes)
+
+
+def test_constant_rate() -> None:
+    rates = _rates(OptimizerConfig(learning_rate=0.1), 4)
+    np.testing.assert_allclose(rates, 0.1, rtol=1e-4)
+
+
+def test_linear_schedule_with_warmup_by_hand() -> None:
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule=Schedule.LINEAR, warmup_steps=2
+    )
+    expected = [0.0, 0.05, 0.1, 0.075, 0.05, 0.025]
+    np.testing.assert_allclose(_rates(config, 6), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_cosine_ends_at_the_given_share_of_the_peak() -> None:
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule=Schedule.COSINE, end_factor=0.2
+    )
+    rates = _rates(config, 101)[:-1]
+    np.testing.assert_allclose(rates[0], 1.0, rtol=1e-4)
+    assert (np.diff(rates) <= 1e-6).all()
+    np.testing.assert_allclose(rates[-1], 0.2, atol=2e-3)
+
+
+def test_clipping_bounds_the_global_norm() -> None:
+    config = OptimizerConfig(learning_rate=1.0, clip_norm=1.0, b1=0.0)
+    tx = config.make(10)
+    grads = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
+    _, state = tx.update(grads, tx.init(grads), grads)
+    adam = next(s for s in state if isinstance(s, optax.ScaleByAdamState))
+    np.testing.assert_allclose(adam.mu["a"], 0.6, rtol=1e-5)
+    np.testing.assert_allclose(adam.mu["b"], 0.8, rtol=1e-5)
+
+
+def test_weight_decay_is_decoupled() -> None:
+    tx = OptimizerConfig(learning_rate=0.1, weight_decay=0.5).make(10)
+    params = jnp.array(2.0)
+    update, _ = tx.update(jnp.zeros(()), tx.init(params), params)
+    np.testing.assert_allclose(update, -0.1 * 0.5 * 2.0, rtol=1e-6)
+
+
+def test_float_fields_may_be_traced() -> None:
+    def size(rate: jax.Array, b1: jax.Array) -> jax.Array:
+        config = OptimizerConfig(learning_rate=rate, b1=b1, schedule=Schedule.COSINE)
+        tx = config.make(10)
+        return tx.update(jnp.ones(()), tx.init(jnp.zeros(())))[0]
+
+    sizes = jax.vmap(size)(jnp.array([0.1, 0.2]), jnp.array([0.5, 0.9]))
+    np.testing.assert_allclose(sizes, [-0.1, -0.2], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"weight_decay": -1.0},
+        {"clip_norm": -1.0},
+        {"warmup_steps": -1},
+        {"end_factor": -0.1},
+    ],
+)
+def test_impossible_settings_are_named(change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        OptimizerConfig(**change).validate()
