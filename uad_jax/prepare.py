@@ -162,7 +162,15 @@ def source_hash(subjects: Sequence[SubjectFiles], reading: examine.Reading) -> s
     """
     files = sorted({path for subject in subjects for path in subject.files()})
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        hashes = dict(zip(files, pool.map(sources.sha256, files), strict=True))
+        digests = tqdm.tqdm(
+            pool.map(sources.sha256, files),
+            total=len(files),
+            desc="hash",
+            unit="file",
+            delay=2,
+            disable=None,
+        )
+        hashes = dict(zip(files, digests, strict=True))
     rows = [
         {
             **dataclasses.asdict(subject),
@@ -305,10 +313,11 @@ def _text(summary: dict[str, Any], store: Path) -> str:
     ]
     if summary["splits"]["train"]:
         word = ",cpu" if jax.default_backend() == "cpu" else ""
+        fold = f" --config.data.fold={summary['fold']}" if summary["fold"] else ""
         lines.append(
             "Train on it: python run.py train "
             f"--config=configs/autoencoder.py:variant=vae{word} "
-            f"--config.data.store={store} --workdir=runs/vae"
+            f"--config.data.store={store}{fold} --workdir=runs/vae"
         )
     else:
         lines.append(

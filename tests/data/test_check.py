@@ -111,6 +111,24 @@ def test_fault_B9_constant_image_is_a_warning(tmp_path: pathlib.Path) -> None:
     assert "constant (7) inside the brain" in warning.message
 
 
+def test_label_map_given_as_image_is_a_warning(tmp_path: pathlib.Path) -> None:
+    subject = scans.subject(tmp_path, "a", 0)
+    scans.save(subject.images["t1"], np.ceil(9 * scans.image(0)).astype(np.uint8))
+    (warning,) = _of(check.check([subject]), Severity.WARNING)
+    assert "only 9 different values inside the brain" in warning.message
+
+
+def test_one_file_in_two_places_is_an_error(tmp_path: pathlib.Path) -> None:
+    subject = scans.with_lesion(
+        tmp_path, scans.subject(tmp_path, "a", 0), _small_lesion()
+    )
+    assert subject.lesion_mask is not None
+    subject.images["t2"] = subject.lesion_mask
+    (error,) = _of(check.check([subject]), Severity.ERROR)
+    assert error.path == subject.lesion_mask
+    assert "given twice" in error.message
+
+
 def test_fault_B18_disagreeing_forms_are_a_warning(tmp_path: pathlib.Path) -> None:
     subject = scans.subject(tmp_path, "a", 0)
     for path in subject.files():

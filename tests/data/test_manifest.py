@@ -54,6 +54,17 @@ def test_image_column_is_named_by_modality_column_or_argument(
     assert list(manifest.read(path)[1].images) == [manifest.DEFAULT_MODALITY]
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters_are_read(tmp_path: pathlib.Path, delimiter: str) -> None:
+    _touch(tmp_path, "a,b.nii")
+    text = "subject,image,age\na,NAME,4\n".replace(",", delimiter)
+    (subject,) = manifest.read(_csv(tmp_path, text.replace("NAME", "a,b.nii")))
+    assert (subject.images, subject.extra) == (
+        {manifest.DEFAULT_MODALITY: tmp_path / "a,b.nii"},
+        {"age": "4"},
+    )
+
+
 def test_write_and_read_are_inverse(tmp_path: pathlib.Path) -> None:
     _touch(tmp_path, "in/a_t1.nii", "in/a_t2.nii", "in/m.nii", "out/x")
     subjects = [

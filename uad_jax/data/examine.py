@@ -19,6 +19,7 @@ _STRIPPED = 0.95  # a skull-stripped image has more background than 1 - this
 _BRAIN_ML = (300.0, 3000.0)  # a human brain; children included
 _EROSION_MM = 6.0  # the behrendt protocol: 3 voxels of 2 mm in the axial plane
 _QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
+_FEW_VALUES = 20  # an image has more, a map of labels has not
 _MEDIAN = _QUANTILES.index(50)
 
 
@@ -78,6 +79,9 @@ def examine(subject: SubjectFiles, reading: Reading) -> Findings:
     scans = {name: scan for name, scan in found.items() if scan is not None}
     brain = sheet.read_mask(subject.brain_mask)
     lesion = sheet.read_mask(subject.lesion_mask)
+    files = subject.files()
+    for path in sorted({path for path in files if files.count(path) > 1}):
+        sheet.error("the file is given twice for this subject.", path)
     if not scans:
         return sheet.findings({}, None)
     reference = next(iter(scans.values()))
@@ -207,6 +211,14 @@ def _check_image(sheet: _Sheet, values: np.ndarray, path: Path) -> None:
         sheet.error("every voxel of the brain is 0. Replace the file.", path)
     elif values.size and values.min() == values.max():
         sheet.warning(f"constant ({values[0]:g}) inside the brain; it becomes 0.", path)
+    elif values.size > _FEW_VALUES**2:
+        distinct = len(np.unique(values[:: max(1, values.size // 200_000)]))
+        if distinct <= _FEW_VALUES:
+            sheet.warning(
+                f"only {distinct} different values inside the brain. Is it a mask or "
+                "a map of labels?",
+                path,
+            )
 
 
 def _check_lesion(

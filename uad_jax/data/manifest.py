@@ -205,7 +205,9 @@ def _read_csv(source: Path, modality: str) -> tuple[list[SubjectFiles], list[str
         text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a mark
     except UnicodeDecodeError:
         return [], ["not UTF-8 text. Save it as 'CSV UTF-8'."]
-    reader = csv.reader(io.StringIO(text, newline=""))
+    heading = text.partition("\n")[0]
+    delimiter = max(",;\t", key=heading.count)  # spreadsheets of some countries use ;
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [name.strip() for name in next(reader, [])]
     problems = _heading_problems(columns)
     if problems:
