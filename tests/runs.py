@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from configs import smoke
@@ -210,6 +211,7 @@ def main(options: dict[str, Any]) -> int:
         long saves from a step on take).
     """
     runtime.setup()
+    logging.set_verbosity(logging.INFO)
     if options.get("distributed"):
         distributed.initialize()
     pace = options.get("pace", 0.0)

@@ -101,7 +101,8 @@ def test_fault_A40_a_dead_process_ends_the_others_and_a_restart_goes_on(
     children = _start(store, tmp_path / "run", 2, **options)
     runs.wait_for(lambda: _num_lines(tmp_path / "run") >= 12)
     children[1].kill()
-    assert children[0].wait(60) != 0
+    codes = [child.wait(60) for child in children]
+    assert codes[0] != 0
     again = _start(store, tmp_path / "run", 2, config={"total_steps": 60})
     assert [child.wait(300) for child in again] == [0, 0]
     assert "resumed at step" in pathlib.Path(f"{tmp_path / 'run'}.log").read_text()
