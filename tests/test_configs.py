@@ -1,0 +1,260 @@
+import ast
+import dataclasses
+import enum
+import importlib
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import _parts, smoke
+from uad_jax import config as config_lib
+from uad_jax.data import config as data_config
+from uad_jax.methods.autoencoder import Variant
+
+# ml_collections loads config files in a way that Python 3.15 will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Config file -> every argument that it documents.
+ARGUMENTS = {
+    "autoencoder": [
+        ",".join(filter(None, (variant, word)))
+        for variant in ("", "variant=ae", "variant=ae_spatial", "variant=vae")
+        for word in ("", "paper", "cpu")
+    ],
+    "demo": ["", "quick"],
+    "smoke": ["", "variant=ae", "variant=ae_spatial", "variant=vae"],
+}
+EXPERIMENTS = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
+
+
+def _config(name: str, arg: str) -> config_lib.ExperimentConfig:
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def test_every_config_file_is_in_the_list() -> None:
+    files = {path.stem for path in (ROOT / "configs").glob("[!_]*.py")}
+    assert files == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(("name", "arg"), EXPERIMENTS)
+def test_config_builds_validates_and_serialises(name: str, arg: str) -> None:
+    config = _config(name, arg)
+    config_lib.validate(config)
+    assert config_lib.to_json(config) == config_lib.to_json(_config(name, arg))
+
+
+@pytest.mark.parametrize("name", list(ARGUMENTS))
+def test_config_heading_says_what_it_needs(name: str) -> None:
+    heading = importlib.import_module(f"configs.{name}").__doc__
+    for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
+        assert word in heading
+
+
+@pytest.mark.parametrize("name", list(ARGUMENTS))
+def test_config_refuses_unknown_words(name: str) -> None:
+    with pytest.raises(ValueError, match="'papr' is unknown"):
+        _config(name, "papr")
+
+
+def test_paper_settings_are_those_of_the_released_code() -> None:
+    for variant, batch, dropout in (("ae", 128, 0.2), ("vae", 8, 0.1)):
+        config = _config("autoencoder", f"variant={variant},paper")
+        method: Any = config.method
+        assert config.batch_size == batch
+        assert method.dropout == dropout
+        assert (method.latent_size, method.intermediate_resolution) == (128, 8)
+        assert (method.optimizer.learning_rate, method.optimizer.b1) == (1e-4, 0.5)
+        assert (method.norm.value, method.reduction.value) == ("none", "sum")
+        assert (method.pixel_loss.value, method.kl_weight) == ("l1", 1.0)
+
+
+def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
+    for name, arg in (("autoencoder", "cpu"), ("demo", ""), ("demo", "quick")):
+        config = _config(name, arg)
+        method: Any = config.method
+        assert config.train.steps_per_call == 1
+        assert method.precision.value == "float32"
+
+
+def test_parse_reads_words_and_typed_values() -> None:
+    given = _parts.parse(
+        "variant=vae, cpu,fold=3", ("cpu",), {"variant": Variant, "fold": int}
+    )
+    assert given.words == {"cpu"}
+    assert given.values == {"variant": Variant.VAE, "fold": 3}
+    assert _parts.parse("") == (frozenset(), {})
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("cpuu", r"'cpuu' is unknown. Did you mean 'cpu'\?"),
+        ("varaint=vae", r"Did you mean 'variant='\?"),
+        ("variant=gan", "'gan' is not a valid Variant"),
+        ("cpu=1", "'cpu=1' is unknown"),
+        ("fold", "'fold' is unknown"),
+    ],
+)
+def test_parse_names_the_nearest_word(arg: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _parts.parse(arg, ("cpu",), {"variant": Variant, "fold": int})
+
+
+def test_parse_reports_all_problems_at_once() -> None:
+    with pytest.raises(ValueError, match=r"'a1'.*'b2'"):
+        _parts.parse("a1,b2", ("cpu",))
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("config.lr_", "method.optimizer.learning_rate"),
+        ("config.lr", "method.optimizer.learning_rate"),
+        ("config.learning_rate", "method.optimizer.learning_rate"),
+        ("config.batchsize", "batch_size"),
+        ("config.method.kl", "method.kl_weight"),
+        ("config.data.placment", "data.placement"),
+        ("config.train.log_evry", "train.log_every"),
+        ("config.total_stpes", "total_steps"),
+    ],
+)
+def test_fault_A32_a_typo_names_the_nearest_field(key: str, field: str) -> None:
+    message = _parts.nearest_field_error(smoke.get_config(), key)
+    assert message == f"Unknown field '{key}'. Did you mean 'config.{field}'?"
+
+
+def test_fault_A32_nonsense_names_no_field() -> None:
+    message = _parts.nearest_field_error(smoke.get_config(), "config.qqqq")
+    assert message == "Unknown field 'config.qqqq'."
+
+
+def _parsed(*overrides: str) -> config_lib.ExperimentConfig:
+    argv = ["run.py", f"--config={ROOT}/configs/autoencoder.py:cpu", *overrides]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", flag_values=values, sys_argv=argv
+    )
+    values(argv)
+    return holder.value
+
+
+def test_fields_are_overridable_from_the_command_line() -> None:
+    config = _parsed(
+        "--config.batch_size=8",
+        "--config.method.optimizer.learning_rate=3e-3",
+        "--config.method.variant=ae",
+        "--config.method.norm=channel_affine",
+        "--config.method.sample_at_test=true",
+        "--config.data.placement=stream",
+        "--config.data.store=some/where",
+        "--config.evaluation.healthy_fpr=0.1",
+    )
+    method: Any = config.method
+    assert config.batch_size == 8
+    assert method.optimizer.learning_rate == 3e-3
+    assert method.variant is Variant.AE
+    assert method.norm.value == "channel_affine"
+    assert method.sample_at_test is True
+    assert config.data.placement is data_config.Placement.STREAM
+    assert config.data.store == "some/where"
+    assert config.evaluation.healthy_fpr == 0.1
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in _parts.field_paths(smoke.get_config())
+        if path not in ("train.warm_start", "evaluation.sets")
+    ],
+)
+def test_every_plain_field_accepts_an_override(path: str) -> None:
+    value: Any = _config("autoencoder", "cpu")
+    for part in path.split("."):
+        value = getattr(value, part)
+    text = value.name if isinstance(value, enum.Enum) else str(value)
+    changed: Any = _parsed(f"--config.{path}={text}")
+    for part in path.split("."):
+        changed = getattr(changed, part)
+    assert changed == value
+
+
+def test_fault_A32_config_flags_refuse_an_unknown_field() -> None:
+    with pytest.raises((KeyError, AttributeError)):
+        _parsed("--config.lr_=1")
+
+
+def _config_classes() -> set[type]:
+    """Every dataclass that occurs in an experiment."""
+    waiting: list[Any] = [_config(*experiment) for experiment in EXPERIMENTS]
+    waiting += [config_lib.WarmStart(), config_lib.EvaluationSet()]
+    found = set()
+    while waiting:
+        value = waiting.pop()
+        if dataclasses.is_dataclass(value):
+            found.add(type(value))
+            waiting += [getattr(value, f.name) for f in dataclasses.fields(value)]
+    return found
+
+
+def _attributes_read() -> set[str]:
+    """Attribute names that uad_jax reads, other than to check them."""
+
+    class Reader(ast.NodeVisitor):
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            if node.name != "validate":
+                self.generic_visit(node)
+
+        def visit_Attribute(self, node: ast.Attribute) -> None:
+            if isinstance(node.ctx, ast.Load):
+                self.names.add(node.attr)
+            self.generic_visit(node)
+
+        def visit_Subscript(self, node: ast.Subscript) -> None:
+            if isinstance(node.slice, ast.Constant):  # of a stored config.json
+                self.names.add(str(node.slice.value))
+            self.generic_visit(node)
+
+    reader = Reader()
+    for path in [*ROOT.glob("uad_jax/**/*.py"), ROOT / "run.py"]:
+        reader.visit(ast.parse(path.read_text()))
+    return reader.names
+
+
+def test_every_config_field_is_read_somewhere() -> None:
+    read = _attributes_read()
+    unread = {
+        f"{cls.__name__}.{field.name}"
+        for cls in _config_classes()
+        for field in dataclasses.fields(cls)
+        if field.name not in read
+    }
+    assert not unread
+    assert "a_field_that_nobody_reads" not in read
+
+
+def test_config_fields_are_described() -> None:
+    for cls in _config_classes():
+        described = cls.__doc__ or ""
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if f"{field.name}:" not in described
+        ]
+        assert not missing, f"{cls.__name__}: {missing}"
+
+
+def test_no_config_module_hides_types_behind_strings() -> None:
+    for cls in _config_classes():
+        source = pathlib.Path(sys.modules[cls.__module__].__file__ or "").read_text()
+        assert "from __future__ import annotations" not in source
