@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from uad_jax.data import anatomy, cohort, fields, lesions, scanner
+from uad_jax.data import anatomy, cohort, fields, lesions, manifest, scanner
 
 Kind = lesions.Kind
 SMALL = cohort.CohortConfig(
@@ -150,6 +150,13 @@ def test_manifest_lists_every_file(written: pathlib.Path) -> None:
     assert lesion.any()
 
 
+def test_manifest_reads_back_like_a_users(written: pathlib.Path) -> None:
+    subjects = manifest.read(written)
+    assert [s.label for s in subjects] == ["healthy", "abnormal", "healthy"]
+    assert subjects[1].extra["kind"] == "ms"
+    assert subjects[1].images["flair"].exists()
+
+
 def test_second_start_does_nothing(written: pathlib.Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in written.parent.iterdir()}
     cohort.write_cohort(SMALL, written.parent, progress=False)
@@ -187,6 +194,13 @@ def test_unusable_config_lists_every_problem() -> None:
     config = cohort.CohortConfig(modalities="t1,pet", kinds="ms,ms", train=-1)
     with pytest.raises(ValueError, match=r"pet.*ms,ms.*train=-1"):
         config.validate()
+
+
+def test_anatomy_travels_with_its_licence_and_stays_small() -> None:
+    folder = pathlib.Path(anatomy.__file__).parent / "assets"
+    assert (folder / "anatomy.npz").stat().st_size < 300_000
+    notice = (folder / "LICENSE_ICBM152.txt").read_text()
+    assert "provided that the above copyright notice appear" in " ".join(notice.split())
 
 
 def _far_from(mask: np.ndarray, voxels: int) -> np.ndarray:

@@ -274,7 +274,8 @@ def write_cohort(
             "config": dataclasses.asdict(config),
         }
         (partial / _DONE).write_text(json.dumps(record, indent=2) + "\n")
-        partial.rename(directory)
+        if _stored_key(directory) != config.key():  # else another process was faster
+            partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -287,7 +288,7 @@ def _generate(
     entries = plan(config)
     modalities = tuple(_words(config.modalities))
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = _available_cores()
     workers = min(workers, len(entries))
     bar = tqdm.tqdm(
         total=len(entries), desc="cohort", unit="subject", disable=not progress
@@ -387,6 +388,12 @@ def _stored_key(directory: pathlib.Path) -> str:
 
 def _generator(stream: np.random.SeedSequence) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(stream))
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _words(text: str) -> list[str]:

@@ -159,15 +159,15 @@ def _sclerosis(
     density = 0.62 * np.exp(-away / 7) + 0.30 * np.exp(-away / 22) + 0.10
     chosen = rng.choice(candidates, count, p=density / density.sum())
     wobble = fields.smooth_field(rng, base.shape, SPACING_MM, 3.0)
-    burden = np.exp(rng.normal(0.0, 0.2))  # some have confluent, large plaques
+    burden = np.exp(rng.normal(0.08, 0.18))  # some have confluent, large plaques
 
     alpha = np.zeros(base.shape, np.float32)
     extent = np.zeros(base.shape, np.float32)
     for flat in chosen:
         centre = np.unravel_index(flat, base.shape)
         near = base.vent_distance[centre] < 8
-        radius = np.clip(2.3 * np.exp(0.5 * rng.standard_normal()), 1.1, 8.0)
-        radius *= burden * (1.25 if near else 1.0)
+        radius = 2.3 * burden * np.exp(0.5 * rng.standard_normal())
+        radius = np.clip(radius, 1.1, 8.0) * (1.25 if near else 1.0)
         longer, peak = rng.uniform(1, 2), rng.uniform(0.45, 1.0)
         box = _box(centre, 2.2 * radius + 4, base.shape)
         offset = base.world[(slice(None), *box)] - _column(base.world, centre)
