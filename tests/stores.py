@@ -18,6 +18,7 @@ class Prepared:
     brain: np.ndarray
     lesion: np.ndarray
     geometry: Geometry
+    notes: tuple[str, ...] = ()
 
 
 def phantom(

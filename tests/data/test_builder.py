@@ -152,16 +152,17 @@ def test_pictures_stay_uint8_and_depths_may_differ(tmp_path: pathlib.Path) -> No
         np.testing.assert_array_equal(store.read_volume(uid)[0], expected.image)
 
 
-def test_clipped_values_are_counted(tmp_path: pathlib.Path) -> None:
+def test_clipped_values_and_notes_are_kept(tmp_path: pathlib.Path) -> None:
     good = stores.phantom(0)
     image = good.image.copy()
     image[2, :3, 0] = 7.0
-    high = dataclasses.replace(good, image=image)
+    high = dataclasses.replace(good, image=image, notes=("t1: too bright.",))
     build(
         tmp_path / "a",
         [builder.Source(subject="s", load=lambda: high, modalities=("t1",))],
     )
-    assert sources.Store.open(tmp_path / "a").volumes[0].clipped == 3
+    volume = sources.Store.open(tmp_path / "a").volumes[0]
+    assert (volume.clipped, volume.notes) == (3, ("t1: too bright.",))
 
 
 def test_a_directory_that_is_no_store_is_not_touched(tmp_path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from tests import stores
-from uad_jax.data import pipeline, placement, sources
+from uad_jax.data import builder, pipeline, placement, sources
 from uad_jax.data.config import DataConfig, Placement, Sampling
 from uad_jax.types import Batch
 
@@ -60,6 +60,29 @@ def take(
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
     jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_select_goes_by_split_and_modality(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scans = stores.tiny_scans(grid=(2, 8, 8, 2), modalities=("t1", "t2"))
+    narrow = functools.partial(stores.phantom, 0, (2, 8, 8, 1))
+    scans[0] = dataclasses.replace(scans[0], load=narrow, modalities=("t1",))
+    builder.build_from(
+        scans, tmp_path / "s", recipe={}, recipe_hash="", source_hash="", workers=0
+    )
+    some = sources.Store.open(tmp_path / "s")
+
+    def names(split: str, modalities: str = "") -> list[str]:
+        config = DataConfig(modalities=modalities)
+        return [v.subject for v in pipeline.select(some, config, split)]
+
+    assert names("train", "t1") == ["train-0", "train-1", "train-2"]
+    assert not caplog.records
+    assert names("train") == names("train", "t2,t1") == ["train-1", "train-2"]
+    assert "left out: train-0" in caplog.text
+    assert names("val") == ["val-0", "val-1"]
+    assert names("test") == ["test-0", "test-1", "test-2"]
 
 
 @pytest.mark.parametrize("inputs", [Inputs(), Inputs(num_slices=3)])

@@ -6,87 +6,25 @@ made by another recipe or from other files is never taken for a current one.
 """
 
 import collections
-import concurrent.futures
-import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from absl import logging
 
-from uad_jax.data import records, sources
-from uad_jax.ops import intensity
-from uad_jax.types import Geometry
+from uad_jax.data import encode, records, sources
+
+Source = encode.Source
 
 # Called with volumes finished, volumes in all, and the name of the last one.
 Progress = Callable[[int, int, str], None]
-
-
-class Prepared(Protocol):
-    """A scan on the model grid, as `preprocess.apply` returns it.
-
-    Attributes:
-      image: [D, H, W, C] float32 of about [0, 1], or uint8 pictures, one channel
-        per modality of the scan.
-      brain: [D, H, W] bool.
-      lesion: [D, H, W] bool.
-      geometry: How the grid sits in the native scan.
-    """
-
-    @property
-    def image(self) -> np.ndarray: ...  # noqa: D102
-    @property
-    def brain(self) -> np.ndarray: ...  # noqa: D102
-    @property
-    def lesion(self) -> np.ndarray: ...  # noqa: D102
-    @property
-    def geometry(self) -> Geometry: ...  # noqa: D102
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """One scan to write.
-
-    Attributes:
-      subject: Name of the scan, unique.
-      load: Makes the prepared scan; picklable if a pool is used.
-      modalities: Of the channels that `load` returns, in this order.
-      patient: Name of the person; "" = the subject.
-      label: "healthy" or "abnormal".
-      annotated: Whether the lesion mask is an annotation.
-      split: "train", "val", "test" or None.
-      fold: Validation fold or None.
-      licence: Licence of the scan.
-      extra: Further columns of the manifest.
-    """
-
-    subject: str
-    load: Callable[[], Prepared]
-    modalities: tuple[str, ...]
-    patient: str = ""
-    label: str = "healthy"
-    annotated: bool = True
-    split: str | None = None
-    fold: int | None = None
-    licence: str = ""
-    extra: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-    codes: np.ndarray  # [D, H, W, C] uint16 or uint8, C = all modalities of the store
-    plane: np.ndarray  # [D, H, W] uint8
-    geometry: Geometry
-    clipped: int
-    content: str
 
 
 def build_from(
@@ -230,7 +168,7 @@ def _write(
 
 
 def _slices(
-    finished: Iterable[tuple[Source, _Encoded]],
+    finished: Iterable[tuple[Source, encode.Encoded]],
     shape: tuple[int, int, int],
     dtype: np.dtype,
     volumes: list[sources.VolumeInfo],
@@ -300,7 +238,7 @@ def _fingerprint(meta: Mapping[str, Any], volumes: list[sources.VolumeInfo]) -> 
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _info(uid: int, scan: Source, encoded: _Encoded) -> sources.VolumeInfo:
+def _info(uid: int, scan: Source, encoded: encode.Encoded) -> sources.VolumeInfo:
     brain = (encoded.plane & sources.BRAIN_BIT).astype(bool)
     return sources.VolumeInfo(
         uid=uid,
@@ -316,6 +254,7 @@ def _info(uid: int, scan: Source, encoded: _Encoded) -> sources.VolumeInfo:
         brain_voxels=[int(n) for n in brain.sum(axis=(1, 2))],
         clipped=encoded.clipped,
         content=encoded.content,
+        notes=encoded.notes,
         extra=dict(scan.extra),
     )
 
@@ -326,81 +265,16 @@ def _prepared(
     workers: int | None,
     failures: list[str],
     progress: Progress | None,
-) -> Iterator[tuple[Source, _Encoded]]:
+) -> Iterator[tuple[Source, encode.Encoded]]:
     """Yields the scans in order; appends to `failures` those that raised."""
-    results = _results(scans, modalities, workers)
+    results = encode.encode_all(scans, modalities, workers)
     for done, (scan, result) in enumerate(zip(scans, results, strict=True), start=1):
         if isinstance(result, str):
             failures.append(f"{scan.subject}: {result}")
         if progress is not None:
             progress(done, len(scans), scan.subject)
-        if isinstance(result, _Encoded):
+        if isinstance(result, encode.Encoded):
             yield scan, result
-
-
-def _results(
-    scans: Sequence[Source], modalities: tuple[str, ...], workers: int | None
-) -> Iterator[_Encoded | str]:
-    """Encodes scans in order, at most two per process ahead of the writer."""
-    workers = os.cpu_count() or 1 if workers is None else workers
-    if workers == 0:
-        yield from (_encode(scan, modalities) for scan in scans)
-        return
-    # Spawned, because forking a process that runs JAX's threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    pending: collections.deque[concurrent.futures.Future] = collections.deque()
-    waiting = iter(scans)
-    with concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(scans)), mp_context=context
-    ) as pool:
-        try:
-            for scan in itertools.islice(waiting, 2 * workers):
-                pending.append(pool.submit(_encode, scan, modalities))
-            while pending:
-                yield pending.popleft().result()
-                for scan in itertools.islice(waiting, 1):
-                    pending.append(pool.submit(_encode, scan, modalities))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _encode(scan: Source, modalities: tuple[str, ...]) -> _Encoded | str:
-    """Prepares and encodes one scan; returns what went wrong as text."""
-    try:
-        return _encode_prepared(scan.load(), scan.modalities, modalities)
-    except Exception as error:  # any failure of one scan is listed with the others
-        return f"{type(error).__name__}: {error}"
-
-
-def _encode_prepared(
-    scan: Prepared, has: tuple[str, ...], modalities: tuple[str, ...]
-) -> _Encoded:
-    image = np.asarray(scan.image)
-    brain, lesion = np.asarray(scan.brain, bool), np.asarray(scan.lesion, bool)
-    expected = (*brain.shape, len(has))
-    if image.ndim != 4 or image.shape != expected or lesion.shape != brain.shape:
-        raise ValueError(
-            f"The image is {image.shape} and the lesion mask {lesion.shape}, but the "
-            f"brain mask is {brain.shape} and the modalities are {', '.join(has)}: "
-            f"expected an image of {expected}."
-        )
-    if not np.isfinite(image).all():
-        raise ValueError("The prepared image has NaN or Inf values.")
-    if image.dtype == np.uint8:
-        codes, clipped = image, 0
-    else:
-        codes, clipped = intensity.encode(image)
-    if has != modalities:  # channels that the scan lacks stay 0
-        wide = np.zeros((*codes.shape[:-1], len(modalities)), codes.dtype)
-        wide[..., [modalities.index(name) for name in has]] = codes
-        codes = wide
-    codes = np.ascontiguousarray(codes)
-    plane = np.where(brain, sources.BRAIN_BIT, 0) | np.where(
-        lesion, sources.LESION_BIT, 0
-    )
-    plane = plane.astype(np.uint8)
-    content = hashlib.sha256(codes.tobytes() + plane.tobytes())
-    return _Encoded(codes, plane, scan.geometry, clipped, content.hexdigest())
 
 
 def _publish(temporary: pathlib.Path, store: pathlib.Path) -> None:

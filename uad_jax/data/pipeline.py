@@ -10,7 +10,7 @@ from typing import Protocol
 import grain
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jax.sharding import Mesh
 
 from uad_jax.data import order, placement, reading, sources, splits
@@ -47,11 +47,19 @@ def select(
     """
     wanted = {store.modalities[c] for c in channels(store, config.modalities)}
     roles = splits.assign(store.volumes, config.fold)
-    return [
-        volume
-        for volume in store.volumes
-        if roles.get(volume.subject) == split and wanted <= set(volume.modalities)
-    ]
+    chosen = [v for v in store.volumes if roles.get(v.subject) == split]
+    without = [v.subject for v in chosen if not wanted <= set(v.modalities)]
+    if without:
+        logging.warning(
+            "%s: %d of %d %s volumes lack one of %s and are left out: %s",
+            store.path,
+            len(without),
+            len(chosen),
+            split,
+            ", ".join(sorted(wanted)),
+            ", ".join(without),
+        )
+    return [v for v in chosen if v.subject not in without]
 
 
 def channels(store: sources.Store, modalities: str) -> np.ndarray:

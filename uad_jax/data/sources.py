@@ -62,6 +62,7 @@ class VolumeInfo:
       brain_voxels: Brain voxels of every slice, length D of this volume.
       clipped: Values outside the range of the intensity code.
       content: SHA-256 of the volume's codes and planes.
+      notes: What a user should know of the scan, one sentence each.
       extra: Further columns of the manifest.
     """
 
@@ -78,6 +79,7 @@ class VolumeInfo:
     brain_voxels: list[int]
     clipped: int
     content: str
+    notes: tuple[str, ...] = ()
     extra: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,6 +92,7 @@ class VolumeInfo:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         geometry = self.geometry
         fields["modalities"] = list(self.modalities)
+        fields["notes"] = list(self.notes)
         fields["geometry"] = {
             "native_shape": [int(n) for n in geometry.native_shape],
             "native_affine": np.asarray(geometry.native_affine).tolist(),
@@ -106,6 +109,7 @@ class VolumeInfo:
             **{
                 **fields,
                 "modalities": tuple(fields["modalities"]),
+                "notes": tuple(fields["notes"]),
                 "geometry": Geometry(
                     native_shape=(x, y, z),
                     native_affine=np.array(geometry["native_affine"], np.float64),
