@@ -26,6 +26,8 @@ CHECKPOINTS = "checkpoints"
 # What may change when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
     "name",
+    "source",
+    "reference_slices",
     "total_steps",
     "train.log_every",
     "train.eval_every",
