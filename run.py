@@ -14,12 +14,10 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     )
 
 import json
-import logging
 import pathlib
 from typing import Any
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
@@ -191,24 +189,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-def _log_ours_only() -> None:
-    """Shows our own progress and everybody's warnings, each as a plain line."""
-    absl_logging.set_verbosity(absl_logging.INFO)
-    handler = absl_logging.get_absl_handler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = str(pathlib.Path(runtime.__file__).parent)
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= logging.WARNING or record.pathname.startswith(ours)
-        )
-    )
-
-
 def main(argv: list[str]) -> int | None:
     """Runs one mode; the exit status is 0 when it succeeded."""
     if len(argv) != 2 or argv[1] not in _MODES:
         raise app.UsageError(f"Give one mode: {', '.join(_MODES)}.")
-    _log_ours_only()
+    runtime.log_ours_only()
     runtime.setup()
     try:
         return _MODES[argv[1]]()

@@ -1,9 +1,12 @@
 """The one place that sets up the JAX process, before its backend starts."""
 
 import importlib.metadata
+import logging
 import os
 import pathlib
 import platform
+
+from absl import logging as absl_logging
 
 # XLA:CPU routes single convolutions to YNNPACK, whose weight gradients run 1.3 to
 # 1.9 times slower than the built-in ones. An unknown flag aborts the process, so it
@@ -36,3 +39,16 @@ def setup() -> None:
         jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def log_ours_only() -> None:
+    """Shows our own progress and everybody's warnings, each as a plain line."""
+    absl_logging.set_verbosity(absl_logging.INFO)
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = str(pathlib.Path(__file__).parent)
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.pathname.startswith(ours)
+
+    handler.addFilter(shown)

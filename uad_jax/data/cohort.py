@@ -359,6 +359,7 @@ def _write_subject(
         "scanner": subject.scanner,
         "seed": str(entry.seed),
         "twin_of": entry.twin_of,
+        "data": "synthetic",
     }
 
 

@@ -1,0 +1,206 @@
+"""Collects results of runs and renders the tables of the docs from them.
+
+    python docs/render_results.py --add=synthetic runs/study/*/     # collect
+    python docs/render_results.py                                   # render only
+
+Collected JSON files lie in `docs/results/<family>/` and are committed. Tables stand
+between `<!-- table: family -->` and `<!-- end -->` in `docs/results_<family>.md`.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+DOCS = pathlib.Path(__file__).resolve().parent
+KEPT = ("scorers", "groups", "comparison", "healthy_reconstruction", "counts", "set")
+
+
+def collect(family: str, workdirs: list[pathlib.Path]) -> None:
+    """Copies what the tables need from the results of runs."""
+    folder = DOCS / "results" / family
+    folder.mkdir(parents=True, exist_ok=True)
+    for workdir in workdirs:
+        for path in sorted((workdir / "results").glob("*.json")):
+            results = json.loads(path.read_text(encoding="utf-8"))
+            run = results["run"]
+            slim = {key: results[key] for key in KEPT}
+            slim["run"] = {
+                key: run[key] for key in ("name", "seed", "step", "training")
+            } | {
+                "commit": run["environment"]["commit"],
+                "device": run["environment"]["device_kind"],
+                "source": run["config"]["source"],
+                "batch_size": run["config"]["batch_size"],
+                "data_fingerprint": run["data_fingerprint"],
+            }
+            name = f"{workdir.name}_{path.name}"
+            text = json.dumps(_rounded(slim), indent=1, sort_keys=True)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def load(family: str) -> list[dict[str, Any]]:
+    """Reads the collected results of one family."""
+    paths = sorted((DOCS / "results" / family).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def detection_tables(results: list[dict[str, Any]]) -> str:
+    """One table per modality: models over seeds, then the baselines."""
+    parts = []
+    for modality, runs in _grouped(results, _modality).items():
+        facts = runs[0]["set"]
+        kinds = sorted(runs[0]["groups"])
+        head = ["", "AP volume mean", "AP pooled", "AUROC pooled"]
+        head += ["Dice healthy 5 %", "Dice validated", "Dice ceiling (labels)"]
+        head += [f"AP {kind}" for kind in kinds] + ["seeds beating the best baseline"]
+        rows = [
+            _detection_row(name, members, kinds)
+            for name, members in _grouped(runs, lambda run: run["run"]["name"]).items()
+        ]
+        for baseline in list(runs[0]["scorers"])[1:]:
+            rows.append(_baseline_row(baseline, runs[0], kinds))
+        caption = (
+            f"**{modality.upper()}**, {facts['num_annotated_abnormal']} lesion and "
+            f"{facts['num_healthy']} healthy test volumes ({facts['data_kind']}), "
+            f"protocol `{facts['protocol']}`. Models: mean ± sd over seeds."
+        )
+        parts.append(caption + "\n\n" + _markdown(head, rows))
+    return "\n\n".join(parts)
+
+
+def _detection_row(name: str, runs: list[dict[str, Any]], kinds: list[str]) -> list:
+    scores = [run["scorers"][run["run"]["name"]] for run in runs]
+    groups = [run["groups"] for run in runs]
+    cells = [name]
+    cells += [_spread([score.get(key) for score in scores]) for key in _KEYS]
+    for kind in kinds:
+        values = [group[kind][name]["ap_volume_mean"] for group in groups]
+        cells.append(_spread(values))
+    wins = sum(run["comparison"]["interval"][0] > 0 for run in runs)
+    return [*cells, f"{wins} of {len(runs)}"]
+
+
+def _baseline_row(name: str, run: dict[str, Any], kinds: list[str]) -> list[str]:
+    score = run["scorers"][name]
+    cells = [name, *(_number(score.get(key)) for key in _KEYS)]
+    cells += [_number(run["groups"][kind][name]["ap_volume_mean"]) for kind in kinds]
+    return [*cells, ""]
+
+
+_KEYS = (
+    "ap_volume_mean",
+    "ap_pooled",
+    "auroc_pooled",
+    "dice_healthy_fpr_volume_mean",
+    "dice_validated_volume_mean",
+    "dice_ceiling_pooled",
+)
+
+
+def training_table(results: list[dict[str, Any]]) -> str:
+    """How far every model was trained, and how well it reconstructs healthy scans."""
+    head = ["modality", "method", "seeds", "slices seen", "% of reference budget"]
+    head += ["slope of validation loss, last 20 %", "state", "training s"]
+    head += ["healthy L1 (brain)", "healthy SSIM", "commit"]
+    rows = []
+    for (modality, name), runs in _grouped(
+        results, lambda run: (_modality(run), run["run"]["name"])
+    ).items():
+        states = [run["run"]["training"] for run in runs]
+        healthy = [run["healthy_reconstruction"] for run in runs]
+        undertrained = any(state["undertrained"] for state in states)
+        rows.append(
+            [
+                modality,
+                name,
+                str(len(runs)),
+                f"{states[0]['slices_seen']:,}",
+                _number(states[0]["percent_of_reference"], 1),
+                _spread([state["validation_slope"] for state in states]),
+                "**undertrained**" if undertrained else "",
+                _spread([state["train_seconds"] for state in states], 0),
+                _spread([one.get("l1_brain") for one in healthy], 4),
+                _spread([one.get("ssim") for one in healthy]),
+                ", ".join(sorted({run["run"]["commit"] for run in runs})),
+            ]
+        )
+    return _markdown(head, rows)
+
+
+def _modality(run: dict[str, Any]) -> str:
+    return "+".join(run["set"]["modalities"])
+
+
+def _grouped(runs: list[dict[str, Any]], key: Any) -> dict[Any, list[dict[str, Any]]]:
+    groups = defaultdict(list)
+    for run in runs:
+        groups[key(run)].append(run)
+    return dict(sorted(groups.items()))
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _spread(values: list[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    if len(known) == 1:
+        return _number(known[0], digits)
+    mean, sd = np.mean(known), np.std(known, ddof=1)
+    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+TABLES = {
+    "synthetic-detection": lambda: detection_tables(load("synthetic")),
+    "synthetic-training": lambda: training_table(load("synthetic")),
+    "real-training": lambda: training_table(load("real")),
+}
+
+
+def render() -> None:
+    """Fills the tables of every results page."""
+    for page in sorted(DOCS.glob("results_*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name, table in TABLES.items():
+            pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            if re.search(pattern, text, re.S):
+                body = table()
+                text = re.sub(
+                    pattern,
+                    lambda found, body=body: f"{found[1]}{body}\n{found[2]}",
+                    text,
+                    flags=re.S,
+                )
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--add", metavar="FAMILY", help="synthetic or real")
+    parser.add_argument("workdirs", nargs="*", type=pathlib.Path)
+    arguments = parser.parse_args()
+    if arguments.add:
+        collect(arguments.add, arguments.workdirs)
+    render()
