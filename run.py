@@ -95,19 +95,23 @@ def _check_data() -> int:
 
 
 def _train() -> int:
-    from uad_jax import distributed, train
+    from uad_jax import distributed, evaluate, train
 
     _need("config", "workdir")
     if _DISTRIBUTED.value:
         distributed.initialize()
-    config = _CONFIG.value
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     config.source = config_flags.get_config_filename(flags.FLAGS["config"])
     result = train.train(
         config,
-        pathlib.Path(_WORKDIR.value),
+        workdir,
         accept_data_change=_ACCEPT_DATA_CHANGE.value,
+        evaluate=lambda step: evaluate.evaluate(config, workdir, step=step),
     )
-    return train.EXIT_PREEMPTED if result.stopped == "preempted" else 0
+    if result.stopped == "preempted":
+        return train.EXIT_PREEMPTED
+    evaluate.calibrate(config, workdir)
+    return 0
 
 
 def _evaluate() -> None:

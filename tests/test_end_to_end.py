@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import nibabel
@@ -75,6 +76,20 @@ def test_calibration_is_stored_beside_the_checkpoint(
     entries = calibration.load(trained[1] / "calibration" / str(step) / "behrendt.json")
     assert set(entries["smoke"].healthy_fpr) == {0.01, 0.05, 0.1}
     assert entries["smoke"].num_healthy == 1
+
+
+def test_thresholds_are_fixed_at_the_end_of_training_too(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+    evaluated: dict,
+    tmp_path: pathlib.Path,
+) -> None:
+    config, workdir = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "calibration")
+    assert evaluate.calibrate(config, tmp_path / "run", progress=False)
+    path = f"calibration/{evaluated['run']['step']}/behrendt.json"
+    again = calibration.load(tmp_path / "run" / path)
+    assert again["smoke"] == calibration.load(workdir / path)["smoke"]
 
 
 def test_maps_lie_on_the_grid_of_the_scan(

@@ -272,6 +272,20 @@ def test_patience_ends_a_run_for_good(
     assert train.train(config, tmp_path / "run", mesh=mesh1).step == 16
 
 
+def test_full_evaluations_see_the_complete_checkpoint_of_their_step(
+    store: pathlib.Path, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    config = runs.scale_config(store, **{"train.evaluate_every": 3})
+    seen = []
+
+    def evaluate(step: int) -> None:
+        _, _, restored = train.load_model(config, tmp_path / "run", step, mesh1)
+        seen.append(restored)
+
+    train.train(config, tmp_path / "run", mesh=mesh1, evaluate=evaluate)
+    assert seen == [3, 6]
+
+
 @pytest.mark.parametrize("nan_loss", [False, True])
 def test_fault_A28_A29_a_nan_stops_with_step_and_batch_ids(
     nan_loss: bool, store: pathlib.Path, tmp_path: pathlib.Path, mesh1: Mesh

@@ -36,6 +36,8 @@ class TrainConfig:
       log_every: Steps between lines of metrics.
       eval_every: Steps between validations.
       save_every: Steps between checkpoints.
+      evaluate_every: Steps between full evaluations, as `run.py evaluate` does
+        them; 0 = none. Each is preceded by a checkpoint.
       keep_checkpoints: Newest checkpoints to keep beside the best one.
       keep_every: Also keep every checkpoint at a multiple of this; 0 = none.
       validation_slices: Size of the fixed validation set; 0 = all slices.
@@ -47,6 +49,7 @@ class TrainConfig:
     log_every: int = 50
     eval_every: int = 500
     save_every: int = 500
+    evaluate_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
     validation_slices: int = 256
@@ -225,6 +228,7 @@ def validate(config: ExperimentConfig) -> None:
             ("train.log_every", train.log_every),
             ("train.eval_every", train.eval_every),
             ("train.save_every", train.save_every),
+            ("train.evaluate_every", train.evaluate_every),
         ):
             if value % chunk:
                 problems.append(

@@ -52,16 +52,24 @@ def evaluate(
 
 
 def calibrate(
-    config: ExperimentConfig,
-    workdir: pathlib.Path,
-    *,
-    step: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    progress: bool = True,
-) -> None:
-    """Writes the thresholds of one checkpoint; the arguments are `evaluate`'s."""
-    for context, scorer in evaluation.opened(config, workdir, step, mesh, progress):
-        _calibrate(context, [scorer])
+    config: ExperimentConfig, workdir: pathlib.Path, *, progress: bool = True
+) -> bool:
+    """Fixes the thresholds of the best checkpoint, at the end of training.
+
+    Returns:
+      False, with one line that says why, if the method is a pretraining stage or
+      there are no healthy validation scans.
+    """
+    try:
+        for context, scorer in evaluation.opened(config, workdir, None, None, progress):
+            if not _healthy(context.select(context.training_store, "val")):
+                logging.warning("No healthy validation scans: no thresholds yet.")
+                return False
+            _calibrate(context, [scorer])
+    except scoring.PretrainingStage:
+        logging.info("A pretraining stage scores nothing: there are no thresholds.")
+        return False
+    return True
 
 
 def _evaluate_set(context: Context, scorer: Scorer) -> dict[str, Any]:

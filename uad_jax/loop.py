@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +95,8 @@ class Run:
       programs: The compiled programs.
       checkpoints: Where checkpoints go.
       watch: Where the time goes.
+      evaluate: Called with the step of a complete checkpoint, every
+        `train.evaluate_every` steps.
     """
 
     config: ExperimentConfig
@@ -105,6 +107,7 @@ class Run:
     programs: programs.Programs
     checkpoints: checkpoint_lib.Checkpoints
     watch: progress_lib.Stopwatch
+    evaluate: Callable[[int], object] | None = None
 
 
 def loop(
@@ -142,7 +145,8 @@ def loop(
             if _asked_to_stop(stop, step, every.log_every):
                 stopped = "preempted"
             validate = step % every.eval_every == 0 or step >= total
-            save = step % every.save_every == 0 or step >= total
+            evaluate = _evaluation_due(run, step)
+            save = evaluate or step % every.save_every == 0 or step >= total
             if not (validate or save or stopped == "preempted"):
                 continue
             reporter.settle(state)
@@ -155,6 +159,8 @@ def loop(
                 stopped = "patience"
             if save or stopped != "done":
                 _save(run, step, state, losses, record)
+            if evaluate and stopped == "done":
+                _evaluate(run, step)
             if stopped != "done":
                 break
         run.checkpoints.wait()
@@ -168,6 +174,19 @@ def loop(
             total,
         )
     return record.result(step, stopped)
+
+
+def _evaluation_due(run: Run, step: int) -> bool:
+    every = run.config.train.evaluate_every
+    return run.evaluate is not None and every > 0 and step % every == 0
+
+
+def _evaluate(run: Run, step: int) -> None:
+    """Evaluates the checkpoint just saved, from disk, as it is done offline."""
+    assert run.evaluate is not None
+    with run.watch.charge("eval"):
+        run.checkpoints.wait()
+        run.evaluate(step)
 
 
 def _asked_to_stop(stop: signals.StopSignal, step: int, log_every: int) -> bool:

@@ -20,6 +20,10 @@ from uad_jax.types import Key, Labels, ModelState, Scores, Volumes
 Baseline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+class PretrainingStage(ValueError):
+    """The method has no scores; another method starts from it."""
+
+
 class Scorer(NamedTuple):
     """Anything that maps volumes to scores.
 
@@ -87,10 +91,10 @@ def method_scorer(
     """Wraps a trained method.
 
     Raises:
-      ValueError: If the method is a pretraining stage without scores.
+      PretrainingStage: If the method has no scores.
     """
     if method.score is None:
-        raise ValueError(
+        raise PretrainingStage(
             f"{name} is a pretraining stage and scores nothing. Train the method that "
             "starts from it (warm_start) and evaluate that."
         )

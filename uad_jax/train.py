@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ def train(
     mesh: Mesh | None = None,
     progress: bool = True,
     accept_data_change: bool = False,
+    evaluate: Callable[[int], object] | None = None,
 ) -> TrainResult:
     """Trains a method, or goes on from where the workdir stands, to the same bits.
 
@@ -50,6 +52,8 @@ def train(
       progress: Whether to show a progress bar (on a terminal) or lines.
       accept_data_change: Go on although the training data are not those that the
         run began with.
+      evaluate: Full evaluation of one step, called every `train.evaluate_every`
+        steps; the evaluator stands above the trainer, so the caller hands it in.
 
     Raises:
       ValueError: If the config cannot work with this data or these devices.
@@ -87,6 +91,7 @@ def train(
                 with run.watch.charge("compile"):
                     state, start, record = _first_state(run, method)
             with cost_lib.explained(config.batch_size, mesh, run.programs.cost):
+                run = dataclasses.replace(run, evaluate=evaluate)
                 return loop.loop(run, state, start, record, stop, progress)
 
 

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.save_every",
+    "train.evaluate_every",
     "train.keep_*",
     "train.patience",
     "train.steps_per_call",
