@@ -87,11 +87,11 @@ def _cpu(variant: Variant) -> config_lib.ExperimentConfig:
             optimizer=optim.OptimizerConfig(
                 learning_rate=1e-3,
                 schedule=optim.Schedule.COSINE,
-                warmup_steps=20,
+                warmup_steps=50,
             ),
         ),
-        train=config_lib.TrainConfig(log_every=20, eval_every=100, save_every=100),
-        batch_size=64,
-        total_steps=400,
+        train=config_lib.TrainConfig(log_every=50, eval_every=160, save_every=160),
+        batch_size=16,  # at equal slices seen, small batches reconstruct far better
+        total_steps=1600,
         reference_slices=REFERENCE_SLICES,
     )

@@ -16,25 +16,25 @@ from uad_jax.methods import autoencoder
 def get_config(arg: str = "") -> config_lib.ExperimentConfig:
     """Builds the experiment; `arg` may be "quick". The demo fills in the store."""
     quick = "quick" in _parts.parse(arg, ("quick",)).words
-    steps = 50 if quick else 220
+    steps = 100 if quick else 720
     return config_lib.ExperimentConfig(
         name="demo_quick" if quick else "demo",
         method=autoencoder.AutoencoderConfig(
             variant=autoencoder.Variant.VAE,
             dropout=0.0,
-            ema_decay=0.95,
+            ema_decay=0.98,
             optimizer=optim.OptimizerConfig(
                 learning_rate=1e-3,
                 schedule=optim.Schedule.COSINE,
-                warmup_steps=10,
+                warmup_steps=20,
             ),
         ),
         train=config_lib.TrainConfig(
-            log_every=10,
+            log_every=20,
             eval_every=steps // 5,
             save_every=steps // 5,
             validation_slices=128,
         ),
-        batch_size=32 if quick else 64,
+        batch_size=16,
         total_steps=steps,
     )
