@@ -71,6 +71,22 @@ def test_fault_D1_volumes_without_truth_are_counted_not_scored() -> None:
     assert tables["counts"]["abnormal volumes with an empty mask"] == 1
 
 
+def test_slices_without_annotation_are_not_taken_for_healthy_ones() -> None:
+    unknown = _result(4, [9.0], [0], annotated=False, volume_score=9.0)
+    unknown = dataclasses.replace(unknown, slice_lesion=np.array([False]))
+    row = summary.metrics([*_four(), unknown], num_samples=10)
+    assert row["slice_auroc"] == pytest.approx(3 / 4)  # as without it
+    assert row["volume_auroc"] == pytest.approx(5 / 6)  # its label is known
+    assert summary.subject_row(unknown)["dice_healthy_fpr"] == ""
+    assert np.isnan(summary.metrics([unknown], num_samples=10)["slice_auroc"])
+
+
+def test_fault_D11_volumes_with_neither_lesion_nor_finding_are_counted() -> None:
+    results = [*_four(), _result(5, [0.1], [0], abnormal=False, dice=np.nan)]
+    tables = summary.summarize({"model": results}, group_by="kind", num_samples=10)
+    assert tables["counts"]["volumes with neither lesion nor finding (no Dice)"] == 1
+
+
 def test_without_any_lesion_there_are_no_voxel_figures() -> None:
     healthy = [one for one in _four() if not one.abnormal]
     row = summary.metrics(healthy, num_samples=10)
@@ -133,6 +149,18 @@ def test_training_state_ends_at_the_checkpoint() -> None:
     lines = [{"step": n, "validation/loss": float(n)} for n in (8, 9, 10, 11, 12)]
     assert summary.training_state(config, 10, lines)["validation_slope"] > 0
     assert summary.training_state(config, 7, lines)["validation_slope"] is None
+
+
+def test_training_state_of_a_run_that_validates_rarely_is_not_passed_over() -> None:
+    config = smoke.get_config()
+    config.batch_size, config.reference_slices = 10, 100_000
+    lines = [{"step": n, "validation/loss": 500.0 - n} for n in (100, 200, 300, 400)]
+    state = summary.training_state(config, 400, lines)  # one value in the last fifth
+    assert state["validation_slope"] == pytest.approx(-100 / 150)
+    assert state["undertrained"]
+    assert summary.training_state(config, 400, [])["undertrained"]
+    rising = [{"step": n, "validation/loss": float(n)} for n in (100, 200)]
+    assert not summary.training_state(config, 200, rising)["undertrained"]
 
 
 def test_best_median_worst_are_ordered_by_ap() -> None:

@@ -2,7 +2,8 @@
 
 Pooled figures and means over volumes are different things and never share a name.
 Detection figures are over annotated abnormal volumes; slice- and volume-level ones
-also over the healthy volumes.
+also over the healthy volumes. Slices of abnormal volumes without annotation count
+nowhere: which of them hold lesion is not known.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,9 +69,11 @@ def metrics(results: Sequence[VolumeResult], num_samples: int) -> dict[str, Any]
     row: dict[str, Any] = {"num_volumes": len(results), "num_lesion": len(lesions)}
     row |= _voxel_metrics(lesions, num_samples)
     row |= _threshold_metrics(results, lesions)
+    known = [result for result in results if result.annotated]
+    nothing = np.zeros(0, np.float32)  # concatenate needs an array
     row["slice_auroc"] = voxel.label_auroc(
-        np.concatenate([result.slice_score for result in results]),
-        np.concatenate([result.slice_lesion for result in results]),
+        np.concatenate([nothing, *(result.slice_score for result in known)]),
+        np.concatenate([nothing, *(result.slice_lesion for result in known)]),
     )
     row["volume_auroc"] = voxel.label_auroc(
         np.array([result.volume_score for result in results]),
@@ -182,6 +185,10 @@ def _counts(results: Sequence[VolumeResult]) -> dict[str, int]:
         "abnormal volumes with an empty mask": sum(
             one.annotated and not _has_lesion(one) for one in abnormal
         ),
+        "volumes with neither lesion nor finding (no Dice)": sum(
+            one.annotated and bool(np.isnan(one.dice.get("healthy_fpr", 0.0)))
+            for one in results
+        ),
         "lesion voxels outside the eroded brain": sum(
             one.voxels.outside_lesion for one in abnormal
         ),
@@ -203,9 +210,10 @@ def training_state(
 
     Returns:
       Slices seen, per cent of the paper's budget (None if unknown), relative slope of
-      the validation loss over the last fifth of the run up to `step` (negative =
-      still falling), training seconds, and whether the run counts as undertrained:
-      less than a quarter of the budget and still falling.
+      the validation loss over the last fifth of the run up to `step` and at least
+      its last two values (negative = still falling; None with fewer than two),
+      training seconds, and whether the run counts as undertrained: less than a
+      quarter of the budget and not known to have stopped falling.
     """
     losses, seconds = [], None
     for line in lines:
@@ -218,8 +226,9 @@ def training_state(
     share = None
     if config.reference_slices:
         share = 100.0 * slices / config.reference_slices
-    slope = _relative_slope([point for point in losses if point[0] >= 0.8 * step])
-    falling = slope is not None and slope < 0
+    last_fifth = sum(point[0] >= 0.8 * step for point in losses)
+    slope = _relative_slope(losses[-max(last_fifth, 2) :])
+    falling = slope is None or slope < 0
     return {
         "slices_seen": slices,
         "percent_of_reference": share,
@@ -277,7 +286,8 @@ def subject_row(result: VolumeResult) -> dict[str, Any]:
         row["auroc"] = voxel.auroc(ranking)
         row["dice_ceiling"] = voxel.best_dice(ranking)[0]
     for rule, value in result.dice.items():
-        row[f"dice_{rule}"] = "" if np.isnan(value) else value
+        unknown = np.isnan(value) or not result.annotated
+        row[f"dice_{rule}"] = "" if unknown else value
         row[f"found_voxels_{rule}"] = result.found_voxels[rule]
     for name in ("l1_brain", "l1_box", "ssim"):
         row[name] = result.reconstruction.get(name, "")
