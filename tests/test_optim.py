@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,22 @@ def test_float_fields_may_be_traced() -> None:
 
     sizes = jax.vmap(size)(jnp.array([0.1, 0.2]), jnp.array([0.5, 0.9]))
     np.testing.assert_allclose(sizes, [-0.1, -0.2], rtol=1e-4)
+
+
+def test_traced_clipping_and_weight_decay_equal_fixed_ones() -> None:
+    params, grads = jnp.array([2.0, -1.0]), jnp.array([30.0, 40.0])
+
+    def update(clip_norm: float | jax.Array, weight_decay: float | jax.Array) -> Any:
+        config = OptimizerConfig(
+            learning_rate=0.1, clip_norm=clip_norm, weight_decay=weight_decay, eps=1.0
+        )
+        tx = config.make(10)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    together = jax.vmap(update)(jnp.array([1.0, 5.0]), jnp.array([0.5, 0.1]))
+    for found, values in zip(together, ((1.0, 0.5), (5.0, 0.1)), strict=True):
+        np.testing.assert_allclose(found, update(*values), rtol=1e-5)
+    assert not np.allclose(together[0], together[1])
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ class Schedule(enum.Enum):
 class OptimizerConfig:
     """Adam(W) with clipping, warm-up and decay.
 
-    Float fields may be traced scalars, except `clip_norm` and `weight_decay`,
-    whose 0 means "off".
+    Float fields may be traced scalars. A traced `clip_norm` or `weight_decay` is never
+    "off", whatever its value.
 
     Attributes:
       learning_rate: Peak learning rate.
@@ -58,10 +58,10 @@ class OptimizerConfig:
     def make(self, total_steps: int) -> optax.GradientTransformation:
         """Builds the transformation for a run of `total_steps` steps."""
         parts = []
-        if self.clip_norm:
+        if not _is_off(self.clip_norm):
             parts.append(optax.clip_by_global_norm(self.clip_norm))
         parts.append(optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps))
-        if self.weight_decay:
+        if not _is_off(self.weight_decay):
             parts.append(optax.add_decayed_weights(self.weight_decay))
         parts.append(optax.scale_by_learning_rate(self._learning_rate(total_steps)))
         return optax.chain(*parts)
@@ -84,3 +84,7 @@ class OptimizerConfig:
             return self.learning_rate * warmup * shape
 
         return rate
+
+
+def _is_off(value: float | Array) -> bool:
+    return isinstance(value, float | int) and value == 0
