@@ -33,6 +33,14 @@ def test_linear_schedule_with_warmup_by_hand() -> None:
     np.testing.assert_allclose(_rates(config, 6), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_warmup_is_linear_whatever_follows(schedule: Schedule) -> None:
+    config = OptimizerConfig(learning_rate=0.1, schedule=schedule, warmup_steps=4)
+    np.testing.assert_allclose(
+        _rates(config, 8)[:5], [0.0, 0.025, 0.05, 0.075, 0.1], rtol=1e-4, atol=1e-7
+    )
+
+
 def test_cosine_ends_at_the_given_share_of_the_peak() -> None:
     config = OptimizerConfig(
         learning_rate=1.0, schedule=Schedule.COSINE, end_factor=0.2

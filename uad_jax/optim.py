@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 
+import jax.numpy as jnp
 import optax
 
 from uad_jax.types import Array
@@ -73,7 +74,7 @@ class OptimizerConfig:
             warmup = 1.0
             if self.warmup_steps:
                 warmup = optax.linear_schedule(0.0, 1.0, self.warmup_steps)(step)
-            after = step - self.warmup_steps
+            after = jnp.maximum(step - self.warmup_steps, 0)
             if self.schedule is Schedule.COSINE:
                 shape = optax.cosine_decay_schedule(1.0, decay_steps)(after)
             elif self.schedule is Schedule.LINEAR:
