@@ -39,7 +39,7 @@ def evaluate(
       progress: Whether to show a progress bar.
 
     Returns:
-      Set name -> results, as in the JSON file.
+      Set name -> results, as in the JSON file (where NaN is null).
 
     Raises:
       ValueError: If a set is empty, or its store does not fit the model.

@@ -1,6 +1,7 @@
 """Writes what an evaluation found: JSON, tables, maps, curves, report."""
 
 import csv
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -46,11 +47,44 @@ def run_facts(context: Context) -> dict[str, Any]:
         "method": type(config.method).__name__,
         "step": context.step,
         "seed": config.seed,
-        "environment": environment.describe(),
+        "environment": without_folders(environment.describe()),
         "data_fingerprint": context.store.fingerprint,
-        "config": config_lib.to_dict(config),
+        "config": without_folders(config_lib.to_dict(config)),
         "training": summary.training_state(config, context.step, lines),
     }
+
+
+def without_folders(value: Any) -> Any:
+    """Cuts absolute paths in plain JSON types down to their last name.
+
+    Results and reports are passed on; the folders of the machine are not.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if pathlib.PurePath(value).is_absolute():
+        return pathlib.PurePath(value).name
+    flags = [flag.partition("=") for flag in value.split(" ")]  # --xla_dump_to=/...
+    if not any(pathlib.PurePath(text).is_absolute() for _, _, text in flags):
+        return value
+    return " ".join(
+        name + equals + (without_folders(text) if text else "")
+        for name, equals, text in flags
+    )
+
+
+def without_nan(value: Any) -> Any:
+    """Makes NaN and infinity None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def set_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]:
@@ -105,7 +139,7 @@ def write(
       cases: Subjects to show.
     """
     folder = context.workdir / "results"
-    workdir_lib.write_json(folder / f"{context.name}.json", results)
+    workdir_lib.write_json(folder / f"{context.name}.json", without_nan(results))
     _write_subjects(folder / f"{context.name}_subjects.csv", found)
     drawn = summary.draw_curves(found, writer.read_metrics(context.workdir))
     if cases:
