@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
 from jax.sharding import Mesh
 
 from tests import runs, stores
-from uad_jax import checkpoint, cost, divergence, loop, progress, train, workdir, writer
+from uad_jax import checkpoint, cost, divergence, loop, train, workdir, writer
 from uad_jax import mesh as mesh_lib
 from uad_jax.config import WarmStart
 from uad_jax.data import pipeline, sources
@@ -384,55 +383,3 @@ def test_fault_A38_out_of_memory_says_what_is_needed(
     assert "needs about 3276" in text  # 2^43 float32 are 32,768 GiB
     assert "multiply method.accumulate_steps by 2" in text
     assert "RESOURCE_EXHAUSTED" in text
-
-
-def test_the_largest_batch_follows_from_what_grows_with_it() -> None:
-    estimate = cost.Cost(flops=1.0, total_bytes=1100, fixed_bytes=100)
-    # 10 bytes a row: 550 bytes leave room for 45 rows, 44 on four devices.
-    assert cost.largest_batch(estimate, 100, 1, 550) == 45
-    assert cost.largest_batch(estimate, 100, 4, 550) == 44
-    assert cost.largest_batch(estimate, 100, 1, 50) == 0
-    assert cost.largest_batch(estimate, 100, 1, 0) is None
-    advice = cost.advice(estimate, 100, 4, 550)
-    assert "About batch_size = 44 would fit" in advice
-    # 4 micro-batches of 25 rows fit, but 4 devices cannot share 25 rows; 5 x 20 can.
-    assert "multiply method.accumulate_steps by 5" in advice
-    assert "smaller" in cost.advice(estimate, 100, 1, 50)
-
-
-def test_flops_are_those_of_the_products() -> None:
-    a, b = jnp.ones((8, 16)), jnp.ones((16, 4))
-    lowered = jax.jit(jnp.dot).lower(a, b)
-    state = runs.TrainState(
-        step=jnp.int32(0),
-        model=runs.ModelState(params={"net": {"w": a}}, collections={}),
-        opt_state={},
-    )
-    found = cost.estimate(lowered, lowered.compile(), state)
-    assert found.flops == 2 * 8 * 16 * 4
-    assert found.fixed_bytes == 4 + 2 * a.nbytes
-    assert found.total_bytes >= a.nbytes + b.nbytes
-
-
-def test_time_is_charged_to_one_account_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    watch = progress.Stopwatch()
-    with watch.charge("compile"):
-        now[0] += 50
-    watch.start(train_seconds=7.0)
-    meter = progress.Meter(watch, slices_per_step=10)
-    with watch.wait():
-        now[0] += 1
-    now[0] += 3
-    meter.add({"loss": np.array([1.0, 2.0])})
-    meter.add({"loss": np.array([6.0, 7.0])})
-    with watch.charge("eval"):
-        now[0] += 20
-    line = meter.line()
-    assert line["train/loss"] == 4.0
-    assert line["perf/slices_per_second"] == 4 * 10 / 4
-    assert line["perf/input_wait_share"] == 1 / 4
-    assert line["perf/train_seconds"] == 11
-    assert line["perf/compile_seconds"] == 50
-    assert line["perf/eval_seconds"] == 20

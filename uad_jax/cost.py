@@ -24,8 +24,9 @@ class Cost:
 
     Attributes:
       flops: Floating-point operations of the step on all devices together, as XLA
-        counts them before optimisation; the body of an inner loop counts once. NaN
-        if the backend does not say.
+        counts them before optimisation, or after it where the backend (GPU, TPU)
+        counts compiled programs only; the body of an inner loop counts once. NaN if
+        the backend does not say.
       total_bytes: Memory of one device; 0 if the backend does not say.
       fixed_bytes: The part of it that does not grow with the batch: parameters,
         gradients, optimiser state, EMA.
@@ -36,15 +37,21 @@ class Cost:
     fixed_bytes: int
 
 
-def estimate(lowered: Any, compiled: Any, state: TrainState) -> Cost:
+def estimate(
+    lowered: Any, compiled: Any, state: TrainState, num_devices: int = 1
+) -> Cost:
     """Reads the costs of a step from its program.
 
     Args:
       lowered: `jax.stages.Lowered` of the step.
       compiled: `jax.stages.Compiled` of it.
       state: The (abstract) train state, a whole copy of which is on every device.
+      num_devices: Devices that share the step.
     """
-    analysis = lowered.cost_analysis() or {}
+    flops = (lowered.cost_analysis() or {}).get("flops", math.nan)
+    if math.isnan(flops):  # plugin backends analyse compiled programs, per device
+        per_device = (compiled.cost_analysis() or {}).get("flops", math.nan)
+        flops = per_device * num_devices
     memory = compiled.memory_analysis()
     total = 0
     if memory is not None:
@@ -55,7 +62,7 @@ def estimate(lowered: Any, compiled: Any, state: TrainState) -> Cost:
             - memory.alias_size_in_bytes
         )
     return Cost(
-        flops=float(analysis.get("flops", math.nan)),
+        flops=float(flops),
         total_bytes=total,
         fixed_bytes=_bytes(state) + _bytes(state.model.params),
     )

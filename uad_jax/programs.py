@@ -91,7 +91,7 @@ def build(
     return Programs(
         update=update,
         validate=validate,
-        cost=cost_lib.estimate(lowered, update, state),
+        cost=cost_lib.estimate(lowered, update, state, mesh.size),
         steps_per_call=steps_per_call,
     )
 
