@@ -21,7 +21,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from configs import smoke
-from uad_jax import checkpoint, distributed, loop, programs, runtime, train, workdir
+from uad_jax import (
+    checkpoint,
+    distributed,
+    evaluate,
+    loop,
+    programs,
+    runtime,
+    train,
+    workdir,
+)
 from uad_jax import config as config_lib
 from uad_jax import mesh as mesh_lib
 from uad_jax.methods import base
@@ -237,9 +246,11 @@ def main(options: dict[str, Any]) -> int:
     config = smoke_config(pathlib.Path(options["store"]), **options.get("config", {}))
     count = options.get("devices", 1)
     devices = None if options.get("distributed") else jax.devices()[:count]
-    result = train.train(
-        config, pathlib.Path(options["workdir"]), mesh=mesh_lib.make_mesh(devices)
-    )
+    directory = pathlib.Path(options["workdir"])
+    result = train.train(config, directory, mesh=mesh_lib.make_mesh(devices))
+    if options.get("distributed") and result.stopped == "done":
+        # As run.py does after training.
+        print("CALIBRATED", evaluate.calibrate(config, directory), flush=True)
     print("RESULT", result.step, result.stopped, flush=True)
     return train.EXIT_PREEMPTED if result.stopped == "preempted" else 0
 

@@ -58,6 +58,9 @@ def test_two_processes_train_to_the_numbers_of_one(
     log = pathlib.Path(f"{tmp_path / 'two'}.log")
     assert [child.wait(300) for child in children] == [0, 0], log.read_text()[-4000:]
     assert log.read_text().count("RESULT 8 done") == 2
+    # Thresholds are left to one process, and only one process shows progress.
+    assert log.read_text().count("CALIBRATED False") == 2
+    assert log.read_text().count("step 8 of 8:") == 1
 
     # What the pair saved opens here, on another number of devices.
     two = runs.final_state(config, tmp_path / "two", mesh1)
@@ -106,6 +109,16 @@ def test_fault_A40_a_dead_process_ends_the_others_and_a_restart_goes_on(
     again = _start(store, tmp_path / "run", 2, config={"total_steps": 60})
     assert [child.wait(300) for child in again] == [0, 0]
     assert "resumed at step" in pathlib.Path(f"{tmp_path / 'run'}.log").read_text()
+
+
+def test_evaluation_during_training_needs_a_single_process(
+    store: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    config = runs.smoke_config(store, **{"train.evaluate_every": 4})
+    with pytest.raises(ValueError, match="evaluate_every needs a single process"):
+        train.train(config, tmp_path / "run", evaluate=lambda step: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_incomplete_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,17 @@ def calibrate(
     """Fixes the thresholds of the best checkpoint, at the end of training.
 
     Returns:
-      False, with one line that says why, if the method is a pretraining stage or
-      there are no healthy validation scans.
+      False, with one line that says why, if the method is a pretraining stage, there
+      are no healthy validation scans, or several processes share the devices.
     """
+    if jax.process_count() > 1:
+        if jax.process_index() == 0:
+            logging.warning(
+                "Several processes train, one evaluates: no thresholds yet. `run.py "
+                "evaluate --workdir=%s` in one process makes them.",
+                workdir,
+            )
+        return False
     try:
         for context, scorer in evaluation.opened(config, workdir, None, None, progress):
             if not _healthy(context.select(context.training_store, "val")):

@@ -232,7 +232,8 @@ class Reporter:
         self._flops = run.programs.cost.flops / rows
         self._meter = progress_lib.Meter(run.watch, rows)
         self._writer = writer_lib.MetricWriter(run.workdir, resume_step=start)
-        self._bar = progress_lib.Bar(config.total_steps, start, show)
+        shown = show and distributed.is_main()
+        self._bar = progress_lib.Bar(config.total_steps, start, shown)
         self._pending: tuple[int, Scalars] | None = None
 
     def __enter__(self) -> "Reporter":
