@@ -1,7 +1,9 @@
 """The contract of every method: one row of the table per method configuration."""
 
+import contextlib
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +14,8 @@ import pytest
 from jax.sharding import Mesh
 
 from configs import smoke
+from uad_jax import checkpoint, optim, types
 from uad_jax import mesh as mesh_lib
-from uad_jax import optim, types
 from uad_jax.methods import base
 from uad_jax.methods.autoencoder import Variant
 
@@ -210,12 +212,19 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not(name: str) -> N
 
 
 @every_method
-def test_state_survives_a_round_trip_to_the_host_bit_for_bit(name: str) -> None:
+def test_a_restored_checkpoint_goes_on_to_the_same_bits(
+    name: str, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
     batch, key = _batch(), jax.random.key(0)
-    run = _compiled(name)
     state, _ = _steps(name, batch, count=2)
-    state = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, state))
-    _assert_equal(run.update(state, batch, jax.random.fold_in(key, 2)), _trained(name))
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(2, state, metrics=None)
+        abstract = mesh_lib.with_shardings(jax.eval_shape(lambda: state), mesh1)
+        restored, _ = checkpoints.restore(abstract)
+    # As fresh arrays, so that the compiled update takes them.
+    restored = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, restored))
+    again = _compiled(name).update(restored, batch, jax.random.fold_in(key, 2))
+    _assert_equal(again, _trained(name))
 
 
 @every_method
