@@ -1,8 +1,13 @@
-"""Command line of uad_jax: flags and dispatch only.
+"""Command line of uad_jax. For research only, not a medical device.
 
-    python run.py demo | prepare | check-data | train | evaluate | env  [--flags]
+    python run.py demo        [--quick]                  all of it, on synthetic brains
+    python run.py check-data  --source=DIR               find files that cannot be used
+    python run.py prepare     --source=DIR --store=DIR   make slices of scans, once
+    python run.py train       --config=FILE --workdir=DIR --config.data.store=DIR
+    python run.py evaluate    --workdir=DIR              metrics, report, anomaly maps
+    python run.py env                                    versions and devices
 
-`python run.py --help` lists the flags. For research only, not a medical device.
+`python run.py --help` lists the flags.
 """
 
 import sys
@@ -13,8 +18,11 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         "virtual environment with one of those." % sys.version_info[:2]
     )
 
+import difflib
 import json
 import pathlib
+import runpy
+from collections.abc import Iterable
 from typing import Any
 
 from absl import app, flags
@@ -32,7 +40,9 @@ _SOURCE = flags.DEFINE_string(
 )
 _STORE = flags.DEFINE_string("store", "", "Directory of prepared slices.")
 _RECIPE = flags.DEFINE_string("recipe", "grid2mm", "Preprocessing recipe.")
-_MODALITY = flags.DEFINE_string("modality", "", "Modality of a plain folder.")
+_MODALITY = flags.DEFINE_string(
+    "modality", "", "Modalities to take; of a plain folder also what its files are."
+)
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: all cores.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the best.")
 _QUICK = flags.DEFINE_bool("quick", False, "demo: a smaller one, in about a minute.")
@@ -101,6 +111,11 @@ def _train() -> int:
     if _DISTRIBUTED.value:
         distributed.initialize()
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    if not config.data.store:
+        raise ValueError(
+            "There are no data to train on: give --config.data.store=DIR, where DIR is "
+            "the --store of `run.py prepare`."
+        )
     config.source = config_flags.get_config_filename(flags.FLAGS["config"])
     result = train.train(
         config,
@@ -118,7 +133,11 @@ def _evaluate() -> None:
     from uad_jax import evaluate
 
     _need("workdir")
-    _need("config")  # filled from the workdir when not given
+    if not _CONFIG.value:  # taken from the workdir when not given
+        raise ValueError(
+            f"{_WORKDIR.value} is not the directory of a run: it has no config.json "
+            "that names its config. Give the --workdir that `run.py train` was given."
+        )
     evaluate.evaluate(_CONFIG.value, pathlib.Path(_WORKDIR.value), step=_STEP.value)
 
 
@@ -141,28 +160,51 @@ _MODES = {
 def _need(*names: str) -> None:
     missing = [name for name in names if not flags.FLAGS[name].value]
     if missing:
-        raise app.UsageError("Missing: " + " ".join(f"--{n}=..." for n in missing))
+        flags_missing = " ".join(f"--{name}=..." for name in missing)
+        sys.exit(f"Missing: {flags_missing} (`python run.py --help` explains it.)")
+
+
+def _hint(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _given(argv: list[str], name: str) -> str:
+    """The last value of a flag in arguments that are not parsed yet, or ""."""
+    value = ""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, text = arg.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            value = text if equals else following
+    return value
 
 
 def _stored_config(argv: list[str]) -> dict[str, Any] | None:
     """The config stored in the --workdir, unless a --config is given."""
-    if any(arg.startswith(("--config=", "-config=")) for arg in argv):
+    path = pathlib.Path(_given(argv, "workdir")) / "config.json"
+    if _given(argv, "config") or not path.is_file():
         return None
-    for arg in argv:
-        name, _, value = arg.partition("=")
-        path = pathlib.Path(value) / "config.json"
-        if name.lstrip("-") == "workdir" and path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            return stored if stored.get("source") else None
-    return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return stored if stored.get("source") else None
 
 
-def _unknown_fields(argv: list[str]) -> str:
+def _experiment(chosen: str) -> Any:
+    """Builds what --config names, or ends with one sentence that says why not."""
+    name, colon, argument = chosen.partition(":")
+    if not pathlib.Path(name).is_file():
+        files = sorted(str(path) for path in pathlib.Path("configs").glob("[a-z]*.py"))
+        known = f" Known: {', '.join(files)}." if files else ""
+        sys.exit(f"--config: there is no file {name}.{_hint(name, files)}{known}")
+    try:
+        return runpy.run_path(name)["get_config"](*([argument] if colon else []))
+    except ValueError as error:
+        sys.exit(f"--config={chosen}: {error}")
+
+
+def _unknown_fields(argv: list[str], config: Any) -> str:
     """Names overrides of fields that the config does not have, and the nearest ones."""
     from configs import _parts
 
-    chosen = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
-    config = config_flags.ConfigFileFlagParser("config").parse(chosen[-1])
     known = set(_parts.field_paths(config))
     keys = [arg[2:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
     unknown = [key for key in keys if key.removeprefix("config.") not in known]
@@ -175,10 +217,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if stored is not None:
         argv = [*argv[:2], f"--config={stored['source']}", *argv[2:]]
         sys.argv = argv  # config_flags looks for overrides there
+    chosen = _given(argv, "config")
+    config = _experiment(chosen) if chosen else None
     try:
         rest = app.parse_flags_with_usage(argv)
     except (KeyError, AttributeError):
-        message = _unknown_fields(argv)
+        message = _unknown_fields(argv, config) if config else ""
         if not message:
             raise
         sys.exit(message)
@@ -195,8 +239,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> int | None:
     """Runs one mode; the exit status is 0 when it succeeded."""
-    if len(argv) != 2 or argv[1] not in _MODES:
+    if len(argv) < 2:
         raise app.UsageError(f"Give one mode: {', '.join(_MODES)}.")
+    if argv[1] not in _MODES:
+        hint = _hint(argv[1], _MODES)
+        sys.exit(f"There is no mode {argv[1]!r}.{hint} Modes: {', '.join(_MODES)}.")
+    if len(argv) > 2:
+        sys.exit(f"Not understood: {' '.join(argv[2:])}. Write flags as --name=value.")
     runtime.log_ours_only()
     runtime.setup()
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def parse(
             try:
                 values[key] = keys[key](text)
             except ValueError as error:
-                problems.append(f"{item!r}: {error}.")
+                problems.append(f"{item!r}: {_allowed(keys[key]) or error}.")
         elif not equals and item in words:
             found.add(item)
         else:
@@ -51,6 +52,12 @@ def parse(
     if problems:
         raise ValueError("Config argument: " + " ".join(problems))
     return Arguments(frozenset(found), values)
+
+
+def _allowed(convert: Callable[[str], Any]) -> str:
+    if not (isinstance(convert, type) and issubclass(convert, enum.Enum)):
+        return ""
+    return "expected one of " + ", ".join(str(member.value) for member in convert)
 
 
 def nearest_field_error(config: Any, key: str) -> str:

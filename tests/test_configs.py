@@ -96,7 +96,7 @@ def test_parse_reads_words_and_typed_values() -> None:
     [
         ("cpuu", r"'cpuu' is unknown. Did you mean 'cpu'\?"),
         ("varaint=vae", r"Did you mean 'variant='\?"),
-        ("variant=gan", "'gan' is not a valid Variant"),
+        ("variant=gan", "'variant=gan': expected one of ae, ae_spatial, vae"),
         ("cpu=1", "'cpu=1' is unknown"),
         ("fold", "'fold' is unknown"),
     ],

@@ -233,7 +233,7 @@ def test_fault_A22_changed_data_stop_a_resumed_run(
     assert (
         'train: 3 -> 4 entries; gone: ["sub-2"]; added: ["sub-4", "sub-5"]' in message
     )
-    assert "--accept-data-change" in message
+    assert "--accept_data_change" in message
     assert workdir.read_json(run / "data_fingerprint.json") == FINGERPRINT
     changes = workdir.check_fingerprint(run, new, accept_change=True)
     assert set(changes) == {"recipe", "train"}

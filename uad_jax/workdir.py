@@ -195,7 +195,7 @@ def check_fingerprint(
         if changes and not accept_change:
             raise WorkdirError(
                 f"{workdir}: the training data are not those the run began with:\n  "
-                f"{lines}\nBring the old data back, or pass --accept-data-change."
+                f"{lines}\nBring the old data back, or pass --accept_data_change."
             )
         if changes:
             logging.warning("The training data of the run change:\n  %s", lines)
