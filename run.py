@@ -67,7 +67,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 
-def _demo() -> None:
+def _demo() -> int:
     from configs import demo as demo_config
     from uad_jax import demo
 
@@ -75,7 +75,7 @@ def _demo() -> None:
     workdir = _WORKDIR.value or ("runs/demo-quick" if _QUICK.value else "runs/demo")
     config = demo_config.get_config(word)
     config.source = f"configs/demo.py:{word}"
-    demo.demo(config, pathlib.Path(workdir), quick=_QUICK.value)
+    return demo.demo(config, pathlib.Path(workdir), quick=_QUICK.value)
 
 
 def _reading() -> dict[str, Any]:

@@ -36,7 +36,7 @@ def cohort_config(quick: bool) -> cohort.CohortConfig:
     )
 
 
-def demo(config: ExperimentConfig, workdir: pathlib.Path, *, quick: bool) -> None:
+def demo(config: ExperimentConfig, workdir: pathlib.Path, *, quick: bool) -> int:
     """Runs the demo; what an earlier start finished is not done again.
 
     Args:
@@ -44,6 +44,9 @@ def demo(config: ExperimentConfig, workdir: pathlib.Path, *, quick: bool) -> Non
       workdir: Gets `cohort/` (NIfTI and manifest), `store/`, and `run/` with
         checkpoints, maps and report.
       quick: A smaller cohort.
+
+    Returns:
+      Exit status: 0, or that of a training which a signal (Ctrl-C) stopped.
     """
     start = time.monotonic()
     run = workdir / "run"
@@ -54,7 +57,8 @@ def demo(config: ExperimentConfig, workdir: pathlib.Path, *, quick: bool) -> Non
     config.data = dataclasses.replace(config.data, store=str(workdir / "store"))
     config.evaluation.export_maps = True
     _say("3/4 Training on healthy brains only")
-    train.train(config, run)
+    if train.train(config, run).stopped == "preempted":
+        return train.EXIT_PREEMPTED
     _say("4/4 Looking for lesions in brains it has never seen")
     results = evaluate.evaluate(config, run)
     _print_table(next(iter(results.values())))
@@ -63,6 +67,7 @@ def demo(config: ExperimentConfig, workdir: pathlib.Path, *, quick: bool) -> Non
     print(f"Anomaly maps (NIfTI): {run / 'maps'}")
     print(f"For research only, not a medical device. {seconds:.0f} s in all.")
     logging.flush()
+    return 0
 
 
 def _print_table(results: dict[str, Any]) -> None:
