@@ -23,7 +23,7 @@ _SOURCE = flags.DEFINE_string("source", "", "Manifest of real scans; else synthe
 _MODALITIES = flags.DEFINE_list("modalities", ["flair", "t2", "t1"], "Modalities.")
 _VARIANTS = flags.DEFINE_list("variants", ["vae", "ae", "ae_spatial"], "Methods.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
-_STEPS = flags.DEFINE_integer("steps", 600, "Optimiser steps of batch 16.")
+_STEPS = flags.DEFINE_integer("steps", 300, "Optimiser steps of batch 16.")
 
 # Fixed before the first model was trained on it.
 COHORT = cohort.CohortConfig(
