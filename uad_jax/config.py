@@ -37,7 +37,7 @@ class TrainConfig:
       eval_every: Steps between validations.
       save_every: Steps between checkpoints.
       evaluate_every: Steps between full evaluations, as `run.py evaluate` does
-        them; 0 = none. Each is preceded by a checkpoint.
+        them; 0 = none. Each is preceded by a checkpoint. One process only.
       keep_checkpoints: Newest checkpoints to keep beside the best one.
       keep_every: Also keep every checkpoint at a multiple of this; 0 = none.
       validation_slices: Size of the fixed validation set; 0 = all slices.
@@ -90,7 +90,7 @@ class EvaluationConfig:
       healthy_fpr: Operating voxel false-positive rate on healthy validation scans.
       bootstrap_samples: Resamplings of the subjects for intervals.
       export_maps: Whether anomaly maps are written as NIfTI.
-      sets: Name -> set. Empty = {"test": EvaluationSet()}.
+      sets: Name -> set. Empty = {"test": EvaluationSet()}. Names are those of files.
     """
 
     batch_size: int = 2
@@ -235,6 +235,15 @@ def validate(config: ExperimentConfig) -> None:
                     f"{name} is {value}, not a multiple of train.steps_per_call = "
                     f"{chunk}. Use a multiple, or steps_per_call = 1."
                 )
+    for name in ("batch_size", "bootstrap_samples"):
+        if getattr(config.evaluation, name) < 1:
+            problems.append(
+                f"evaluation.{name} is {getattr(config.evaluation, name)}; use 1 or "
+                "more."
+            )
+    for name in config.evaluation.sets:
+        if not name or "/" in name:
+            problems.append(f"evaluation.sets has the name {name!r}; files bear it.")
     if not 0 < config.evaluation.healthy_fpr < 1:
         problems.append(
             f"evaluation.healthy_fpr is {config.evaluation.healthy_fpr}; "

@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: scores, thresholds, metrics, baselines, maps, report."""
 
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ def evaluate(
     Args:
       config: The run's config.
       workdir: The run. Gets `calibration/<step>/<protocol>.json`,
-        `results/<set>.json`, `results/<set>_subjects.csv`, `report.html` and, if
-        asked for, `maps/<set>/`.
+        `results/<set>.json`, `results/<set>_subjects.csv`, `report.html` (of sets
+        other than "test": `report_<set>.html`) and, if asked for, `maps/<set>/`.
       step: Checkpoint; None = the best, or the latest of a run without validation.
       mesh: Devices; None = all.
       progress: Whether to show a progress bar.
@@ -42,13 +43,32 @@ def evaluate(
       Set name -> results, as in the JSON file (where NaN is null).
 
     Raises:
-      ValueError: If a set is empty, or its store does not fit the model.
+      ValueError: If a set is empty, its store does not fit the model, or it holds
+        scans that the model was trained on.
+      workdir.WorkdirError: If config or recipe are not those of the training.
     """
     results = {}
     for context, scorer in evaluation.opened(config, workdir, step, mesh, progress):
         logging.info("Evaluating step %d on %s.", context.step, context.name)
         results[context.name] = _evaluate_set(context, scorer)
     return results
+
+
+def figures_of_step(
+    config: ExperimentConfig, workdir: pathlib.Path, step: int
+) -> dict[str, float]:
+    """Evaluates a checkpoint while training goes on.
+
+    Returns:
+      The model's own figures, "SET/METRIC" -> value, those that are defined.
+    """
+    results = evaluate(config, workdir, step=step, progress=False)
+    return {
+        f"{name}/{metric}": float(value)
+        for name, result in results.items()
+        for metric, value in result["scorers"][config.name].items()
+        if isinstance(value, float) and math.isfinite(value)
+    }
 
 
 def calibrate(
@@ -88,6 +108,7 @@ def _evaluate_set(context: Context, scorer: Scorer) -> dict[str, Any]:
             f"Set {context.name!r}: the store has no {context.evaluation_set.split} "
             "volumes. Give the manifest a `split` column, or choose another split."
         )
+    _check_unseen(context, test)
     scorers = [scorer, *_baselines(context)]
     calibrations = _calibrate(context, scorers)
     thresholds = {
@@ -115,6 +136,20 @@ def _evaluate_set(context: Context, scorer: Scorer) -> dict[str, Any]:
     cases = _shown_cases(context, scorer, found[scorer.name], thresholds)
     results_lib.write(context, results, found, cases)
     return results
+
+
+def _check_unseen(context: Context, test: Sequence[VolumeInfo]) -> None:
+    """Within one store prepare has checked this; a set's own store is new here."""
+    if not context.evaluation_set.store or context.evaluation_set.split == "train":
+        return
+    trained = {info.content for info in context.select(context.training_store, "train")}
+    seen = [info.subject for info in test if info.content in trained]
+    if seen:
+        raise ValueError(
+            f"Set {context.name!r}: {len(seen)} of {len(test)} scans are among those "
+            f"that the model was trained on ({', '.join(seen[:5])}). Take them out of "
+            "the manifest and prepare the store again."
+        )
 
 
 def _healthy(infos: Sequence[VolumeInfo]) -> list[VolumeInfo]:
@@ -180,10 +215,15 @@ def _calibrate(
 def _thresholds(
     context: Context, calibrated: calibration.Calibration
 ) -> dict[str, float]:
-    """Name -> threshold of every rule that validation scans allow."""
+    """Name -> threshold of every rule that validation scans allow.
+
+    On the validation scans themselves a threshold of best Dice would be tuned on
+    what it is measured on, so there is none.
+    """
     rate = context.config.evaluation.healthy_fpr
     thresholds = {"healthy_fpr": calibrated.healthy_threshold(rate)}
-    if calibrated.validated is not None:
+    tuned_on_it = context.evaluation_set.split == "val"
+    if calibrated.validated is not None and not tuned_on_it:
         thresholds["validated"] = calibrated.validated
     return thresholds
 

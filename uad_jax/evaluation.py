@@ -11,11 +11,14 @@ import tqdm
 from uad_jax import config as config_lib
 from uad_jax import mesh as mesh_lib
 from uad_jax import scoring, train
+from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import pipeline
+from uad_jax.data.config import DataConfig
 from uad_jax.data.sources import Store, VolumeInfo
 from uad_jax.scoring import Scorer, VolumeArrays, VolumeResult
 
+DEFAULT_SET = "test"  # its report is report.html, that of others report_<set>.html
 GROUP_BY = "kind"  # manifest column that splits the table, where the store has it
 
 
@@ -47,7 +50,13 @@ class Context:
 
     def select(self, store: Store, split: str) -> list[VolumeInfo]:
         """The volumes of one split that have the model's modalities."""
-        return pipeline.select(store, self.config.data, split)
+        return pipeline.select(store, self.data, split)
+
+    @property
+    def data(self) -> DataConfig:
+        """The data config with the model's channels by name, for stores with more."""
+        names = self.config.data.modalities or ",".join(self.training_store.modalities)
+        return dataclasses.replace(self.config.data, modalities=names)
 
     @property
     def calibration_path(self) -> pathlib.Path:
@@ -65,12 +74,24 @@ def opened(
     mesh: jax.sharding.Mesh | None,
     progress: bool,
 ) -> Iterator[tuple[Context, Scorer]]:
-    """Restores the model once and opens every set."""
+    """Restores the model once and opens every set.
+
+    Raises:
+      ValueError: If the config cannot work, or in a job of several processes.
+      workdir.WorkdirError: If config or recipe are not those of the training.
+    """
     config_lib.validate(config)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"Evaluation runs in one process, and this job has {jax.process_count()}. "
+            "Start run.py evaluate without --distributed."
+        )
+    workdir_lib.refuse_another_config(workdir, config_lib.to_dict(config))
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     method, model, step = train.load_model(config, workdir, step, mesh)
     key = jax.random.key(config.seed)
     training_store = Store.open(pathlib.Path(config.data.store))
+    workdir_lib.refuse_another_recipe(workdir, training_store.recipe)
     for name, evaluation_set in sets(config).items():
         context = Context(
             config=config,
@@ -79,7 +100,7 @@ def opened(
             workdir=workdir,
             step=step,
             training_store=training_store,
-            store=_open_store(training_store, evaluation_set),
+            store=_open_store(config, training_store, evaluation_set),
             mesh=mesh,
             progress=progress,
         )
@@ -93,22 +114,27 @@ def opened(
 
 def sets(config: ExperimentConfig) -> dict[str, EvaluationSet]:
     """The configured sets; by default the test split of the training store."""
-    return config.evaluation.sets or {"test": EvaluationSet()}
+    return config.evaluation.sets or {DEFAULT_SET: EvaluationSet()}
 
 
-def _open_store(own: Store, evaluation_set: EvaluationSet) -> Store:
+def _open_store(
+    config: ExperimentConfig, own: Store, evaluation_set: EvaluationSet
+) -> Store:
     if not evaluation_set.store:
         return own
     other = Store.open(pathlib.Path(evaluation_set.store))
-    for what, expected, found in (
-        ("recipe", own.recipe, other.recipe),
-        ("modalities", own.modalities, other.modalities),
-    ):
-        if expected != found:
-            raise ValueError(
-                f"{evaluation_set.store}: the {what} is {found}, but the model was "
-                f"trained with {expected}. Prepare it with the training recipe."
-            )
+    if own.recipe != other.recipe:
+        raise ValueError(
+            f"{evaluation_set.store}: the recipe is {other.recipe}, but the model was "
+            f"trained with {own.recipe}. Prepare it with the training recipe."
+        )
+    names = [own.modalities[c] for c in pipeline.channels(own, config.data.modalities)]
+    if not set(names) <= set(other.modalities):
+        raise ValueError(
+            f"{evaluation_set.store}: the modalities are "
+            f"{', '.join(other.modalities)}, but the model was trained with "
+            f"{', '.join(names)}. Prepare it with those."
+        )
     return other
 
 
@@ -123,7 +149,7 @@ def batches(
     for volumes, labels, rows in pipeline.volume_batches(
         store,
         infos,
-        modalities=context.config.data.modalities,
+        modalities=context.data.modalities,
         batch_size=size * context.mesh.size,
         mesh=context.mesh,
     ):

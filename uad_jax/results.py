@@ -90,14 +90,13 @@ def without_nan(value: Any) -> Any:
 def set_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]:
     """What it was evaluated on, with counts."""
     abnormal = [result for result in found if result.abnormal]
-    chosen = context.config.data.modalities
     return {
         "name": context.name,
         "split": context.evaluation_set.split,
         "protocol": context.evaluation_set.protocol.value,
         "group_by": GROUP_BY,
         "recipe": context.store.recipe.get("name", ""),
-        "modalities": chosen.split(",") if chosen else list(context.store.modalities),
+        "modalities": context.data.modalities.split(","),
         "data_kind": data_kind(found),
         "licences": sorted({result.info.licence for result in found} - {""}),
         "num_volumes": len(found),
@@ -145,8 +144,8 @@ def write(
     if cases:
         limit = max(float(np.quantile(case.anomaly_map, 0.998)) for case in cases)
         drawn["cases"] = figures.case_panels(cases, limit)
-    names = list(evaluation.sets(context.config))
-    page = "report.html" if len(names) == 1 else f"report_{context.name}.html"
+    own = context.name == evaluation.DEFAULT_SET
+    page = "report.html" if own else f"report_{context.name}.html"
     report.write(context.workdir / page, results, drawn)
     logging.info("Report: %s", context.workdir / page)
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def train(
     mesh: Mesh | None = None,
     progress: bool = True,
     accept_data_change: bool = False,
-    evaluate: Callable[[int], object] | None = None,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
 ) -> TrainResult:
     """Trains a method, or goes on from where the workdir stands, to the same bits.
 
@@ -53,7 +53,8 @@ def train(
       accept_data_change: Go on although the training data are not those that the
         run began with.
       evaluate: Full evaluation of one step, called every `train.evaluate_every`
-        steps; the evaluator stands above the trainer, so the caller hands it in.
+        steps; its figures become metrics. The evaluator stands above the trainer, so
+        the caller hands it in.
 
     Raises:
       ValueError: If the config cannot work with this data or these devices.
@@ -64,6 +65,11 @@ def train(
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    if config.train.evaluate_every and jax.process_count() > 1:
+        raise ValueError(
+            f"train.evaluate_every is {config.train.evaluate_every}, but full "
+            "evaluations run in one process only. Use 0 and run.py evaluate."
+        )
     _check_rows(config, mesh)
     if evaluate is not None and config.train.evaluate_every:
         _check_one_process()

@@ -145,14 +145,7 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     changes = {}
     begun = _has_begun(workdir)
     if begun:
-        changes = difference(read_json(path), config)
-        refused = {k: v for k, v in changes.items() if not _may_change(k)}
-        if refused:
-            raise WorkdirError(
-                f"{workdir} was begun with another config:\n  "
-                + "\n  ".join(f"{name}: {change}" for name, change in refused.items())
-                + "\nUse the stored values, or another --workdir."
-            )
+        changes = refuse_another_config(workdir, config)
         for name, change in changes.items():
             note = ""
             if name in _CHANGES_BITS:
@@ -163,6 +156,44 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     if jax.process_index() == 0 and (changes or not begun):
         write_json(path, config)
     return changes
+
+
+def refuse_another_config(
+    workdir: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Compares a config with the stored one; changes nothing.
+
+    Returns:
+      The allowed changes, name -> "old -> new".
+
+    Raises:
+      WorkdirError: Lists every change that would make it another run.
+    """
+    changes = difference(read_json(workdir / CONFIG), config)
+    refused = {k: v for k, v in changes.items() if not _may_change(k)}
+    if refused:
+        raise WorkdirError(
+            f"{workdir} was begun with another config:\n  "
+            + "\n  ".join(f"{name}: {change}" for name, change in refused.items())
+            + "\nUse the stored values, or another --workdir."
+        )
+    return changes
+
+
+def refuse_another_recipe(workdir: pathlib.Path, recipe: Mapping[str, Any]) -> None:
+    """Compares the recipe of a store with the one the run was trained on.
+
+    Raises:
+      WorkdirError: Lists every difference.
+    """
+    stored = read_json(workdir / FINGERPRINT)["recipe"]
+    changes = difference(stored, recipe)
+    if changes:
+        raise WorkdirError(
+            f"{workdir} was trained on slices of another recipe:\n  "
+            + "\n  ".join(f"{name}: {change}" for name, change in changes.items())
+            + "\nPrepare the store with the recipe of the training."
+        )
 
 
 def check_fingerprint(

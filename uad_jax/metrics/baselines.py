@@ -101,8 +101,8 @@ def fit_atlas(
         square += delta * np.where(mask, image - mean, 0.0)
     if number < 2:
         raise ValueError(
-            f"An atlas needs at least 2 healthy volumes, found {number}. Give more "
-            "training volumes or leave the atlas baseline out."
+            f"An atlas needs at least 2 healthy volumes, found {number}. Give the "
+            "training split more: every table shows the atlas baseline."
         )
     known = count >= 2
     variance = np.where(known, square / np.maximum(count - 1, 1), 0.0)

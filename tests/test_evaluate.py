@@ -1,0 +1,203 @@
+"""Evaluation on other stores than that of the training, and on odd ones."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from tests import runs, stores
+from uad_jax import config as config_lib
+from uad_jax import evaluate, train
+from uad_jax import workdir as workdir_lib
+from uad_jax.config import EvaluationSet, ExperimentConfig
+from uad_jax.data import builder
+from uad_jax.methods import autoencoder
+
+TRAINED = ("t1", "t2")
+TWO_STEPS = {"total_steps": 2, "train.eval_every": 2, "train.save_every": 2}
+RECIPE = {"name": "phantom", "spacing": [2.0, 2.0, 2.0]}  # that of stores.tiny_store
+
+
+def _scan(number: int, modalities: tuple[str, ...], **fields: object) -> builder.Source:
+    grid = (6, 32, 32, len(modalities))
+    lesion = fields.get("label") == "abnormal"
+    return builder.Source(
+        subject=f"scan-{number}",
+        load=functools.partial(stores.phantom, number, grid, lesion=lesion),
+        modalities=modalities,
+        split="test",
+        **fields,
+    )
+
+
+def _store(
+    directory: pathlib.Path, *scans: builder.Source, **recipe: object
+) -> pathlib.Path:
+    key = {"recipe_hash": "1", "source_hash": "1"}
+    recipe = RECIPE | recipe
+    return builder.build_from(scans, directory, recipe=recipe, workers=0, **key)
+
+
+def _opened(config: ExperimentConfig, **sets: EvaluationSet) -> ExperimentConfig:
+    """The config once more, with other sets."""
+    opened = smoke.get_config()
+    config_lib.fill(opened, config_lib.to_dict(config))
+    opened.evaluation.sets = sets
+    return opened
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, mesh1: jax.sharding.Mesh
+) -> tuple[ExperimentConfig, pathlib.Path]:
+    """Two steps on two modalities."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    store = stores.tiny_store(folder, grid=(6, 32, 32, 2), modalities=TRAINED)
+    config = runs.smoke_config(store, **TWO_STEPS)
+    train.train(config, folder / "run", mesh=mesh1, progress=False)
+    return config, folder / "run"
+
+
+def test_sets_of_other_stores(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    wide = ("flair", "t2", "t1")
+    sets = {
+        "healthy": _store(tmp_path / "a", _scan(50, TRAINED)),
+        "more_modalities": _store(tmp_path / "b", _scan(51, wide, label="abnormal")),
+        "without_truth": _store(
+            tmp_path / "c",
+            _scan(52, TRAINED, label="abnormal", annotated=False),
+            _scan(53, TRAINED),
+        ),
+    }
+    config = _opened(
+        config,
+        **{name: EvaluationSet(store=str(store)) for name, store in sets.items()},
+    )
+    results = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+
+    healthy = results["healthy"]
+    assert healthy["verdict"].startswith("0 annotated lesion volumes")
+    assert healthy["healthy_reconstruction"]["l1_brain"] > 0
+    assert "ap_pooled" not in healthy["scorers"]["smoke"]
+
+    single = results["more_modalities"]
+    assert single["set"]["modalities"] == ["t1", "t2"]  # in the model's order
+    assert 0 < single["scorers"]["smoke"]["ap_pooled"] <= 1
+    assert single["verdict"].endswith("single cases, no ranking.")
+
+    unknown = results["without_truth"]
+    assert unknown["counts"]["volumes without annotation"] == 1
+    assert "ap_pooled" not in unknown["scorers"]["smoke"]
+    assert np.isnan(unknown["scorers"]["smoke"]["slice_auroc"])
+    assert unknown["scorers"]["smoke"]["volume_auroc"] in (0.0, 0.5, 1.0)
+
+    for name in sets:
+        text = (workdir / "results" / f"{name}.json").read_text()
+        json.loads(text, parse_constant=pytest.fail)
+        assert (workdir / f"report_{name}.html").is_file()
+        calibration = workdir / "calibration" / "2" / f"behrendt_{name}.json"
+        assert calibration.is_file()
+    assert not (workdir / "report.html").exists()
+
+
+def test_nothing_is_tuned_on_what_it_is_measured_on(
+    trained: tuple[ExperimentConfig, pathlib.Path], mesh1: jax.sharding.Mesh
+) -> None:
+    config, workdir = trained
+    config = _opened(config, test=EvaluationSet(), val=EvaluationSet(split="val"))
+    results = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+    assert "dice_validated_volume_mean" in results["test"]["scorers"]["smoke"]
+    assert "dice_validated_volume_mean" not in results["val"]["scorers"]["smoke"]
+
+
+def test_fault_B35_scans_of_the_training_are_not_tested_in_another_store(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    # The phantom of train-0, under another name.
+    store = _store(tmp_path / "a", _scan(0, TRAINED), _scan(54, TRAINED))
+    config = _opened(config, again=EvaluationSet(store=str(store)))
+    with pytest.raises(ValueError, match=r"1 of 2 scans .* trained on \(scan-0\)"):
+        evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+
+
+def test_another_method_data_or_recipe_names_both_values(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+
+    def refused(config: ExperimentConfig) -> str:
+        with pytest.raises((ValueError, workdir_lib.WorkdirError)) as caught:
+            evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+        return str(caught.value)
+
+    other = _opened(config)
+    other.method.residual = autoencoder.Residual.POSITIVE
+    assert 'method.residual: "abs" -> "positive"' in refused(other)
+    other = _opened(config)
+    other.data.modalities = "t2,t1"
+    assert 'data.modalities: "" -> "t2,t1"' in refused(other)
+    store = _store(tmp_path / "a", _scan(55, TRAINED), name="other")
+    other = _opened(config)
+    other.data.store = str(store)
+    assert 'name: "phantom" -> "other"' in refused(other)
+    assert "phantom" in refused(_opened(config, x=EvaluationSet(store=str(store))))
+
+
+def test_several_processes_are_told_to_evaluate_in_one(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, workdir = trained
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not evaluate.calibrate(config, workdir)  # training ends well
+    with pytest.raises(ValueError, match=r"job has 2.*without --distributed"):
+        evaluate.evaluate(config, workdir)
+    often = _opened(config)
+    often.train.evaluate_every = 2
+    with pytest.raises(ValueError, match=r"evaluate_every is 2.*one process only"):
+        train.train(often, workdir)
+
+
+def _picture(number: int, *, lesion: bool = False) -> stores.Prepared:
+    """A colour picture, all of it "brain"."""
+    scan = stores.phantom(number, (1, 32, 32, 3), lesion=lesion)
+    codes = np.rint(255 * np.clip(scan.image, 0, 1)).astype(np.uint8)
+    return dataclasses.replace(scan, image=codes, brain=np.ones_like(scan.brain))
+
+
+def test_colour_pictures_are_volumes_of_one_slice(
+    tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    splits = ["train"] * 8 + ["val"] * 2 + ["test"] * 2
+    scans = [
+        dataclasses.replace(
+            _scan(number, ("red", "green", "blue")),
+            split=split,
+            label="abnormal" if (lesion := number == 11) else "healthy",
+            load=functools.partial(_picture, number, lesion=lesion),
+        )
+        for number, split in enumerate(splits)
+    ]
+    config = runs.smoke_config(_store(tmp_path / "store", *scans), **TWO_STEPS)
+    config.evaluation.export_maps = True
+    train.train(config, tmp_path / "run", mesh=mesh1, progress=False)
+    results = evaluate.evaluate(config, tmp_path / "run", mesh=mesh1, progress=False)
+    row = results["test"]["scorers"]["smoke"]
+    assert 0 < row["ap_pooled"] <= 1
+    assert row["slice_auroc"] == row["volume_auroc"]  # a picture is its one slice
+    assert len(list((tmp_path / "run" / "maps" / "test").iterdir())) == 2
