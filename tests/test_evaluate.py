@@ -167,10 +167,6 @@ def test_several_processes_are_told_to_evaluate_in_one(
     assert not evaluate.calibrate(config, workdir)  # training ends well
     with pytest.raises(ValueError, match=r"job has 2.*without --distributed"):
         evaluate.evaluate(config, workdir)
-    often = _opened(config)
-    often.train.evaluate_every = 2
-    with pytest.raises(ValueError, match=r"evaluate_every is 2.*one process only"):
-        train.train(often, workdir)
 
 
 def _picture(number: int, *, lesion: bool = False) -> stores.Prepared:

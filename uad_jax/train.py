@@ -65,11 +65,6 @@ def train(
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    if config.train.evaluate_every and jax.process_count() > 1:
-        raise ValueError(
-            f"train.evaluate_every is {config.train.evaluate_every}, but full "
-            "evaluations run in one process only. Use 0 and run.py evaluate."
-        )
     _check_rows(config, mesh)
     if evaluate is not None and config.train.evaluate_every:
         _check_one_process()
