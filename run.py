@@ -19,6 +19,7 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     )
 
 import difflib
+import functools
 import json
 import pathlib
 import runpy
@@ -121,7 +122,7 @@ def _train() -> int:
         config,
         workdir,
         accept_data_change=_ACCEPT_DATA_CHANGE.value,
-        evaluate=lambda step: evaluate.evaluate(config, workdir, step=step),
+        evaluate=functools.partial(evaluate.figures_of_step, config, workdir),
     )
     if result.stopped == "preempted":
         return train.EXIT_PREEMPTED

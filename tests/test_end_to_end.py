@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -58,6 +59,16 @@ def test_results_hold_the_model_and_five_baselines(
     assert evaluated["healthy_reconstruction"]["l1_brain"] > 0
     assert str(workdir.parent) not in text  # no absolute path
     assert stored["run"]["config"]["data"]["store"] == "store"
+
+
+def test_figures_during_training_are_those_of_the_evaluation(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    config, workdir = trained
+    step = evaluated["run"]["step"]
+    found = evaluate.figures_of_step(config, workdir, step)
+    assert found["test/ap_pooled"] == evaluated["scorers"]["smoke"]["ap_pooled"]
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_subject_table_has_a_row_per_volume_and_scorer(

@@ -277,12 +277,16 @@ def test_full_evaluations_see_the_complete_checkpoint_of_their_step(
     config = runs.scale_config(store, **{"train.evaluate_every": 3})
     seen = []
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> dict[str, float]:
         _, _, restored = train.load_model(config, tmp_path / "run", step, mesh1)
         seen.append(restored)
+        return {"test/ap": step / 10}
 
     train.train(config, tmp_path / "run", mesh=mesh1, evaluate=evaluate)
     assert seen == [3, 6]
+    lines = writer.read_metrics(tmp_path / "run")
+    found = {x["step"]: x["eval/test/ap"] for x in lines if "eval/test/ap" in x}
+    assert found == {3: 0.3, 6: 0.6}
 
 
 @pytest.mark.parametrize("nan_loss", [False, True])

@@ -96,7 +96,7 @@ class Run:
       checkpoints: Where checkpoints go.
       watch: Where the time goes.
       evaluate: Called with the step of a complete checkpoint, every
-        `train.evaluate_every` steps.
+        `train.evaluate_every` steps; what it returns is written as "eval/NAME".
     """
 
     config: ExperimentConfig
@@ -107,7 +107,7 @@ class Run:
     programs: programs.Programs
     checkpoints: checkpoint_lib.Checkpoints
     watch: progress_lib.Stopwatch
-    evaluate: Callable[[int], object] | None = None
+    evaluate: Callable[[int], Mapping[str, float]] | None = None
 
 
 def loop(
@@ -160,7 +160,7 @@ def loop(
             if save or stopped != "done":
                 _save(run, step, state, losses, record)
             if evaluate and stopped == "done":
-                _evaluate(run, step)
+                reporter.evaluated(step, _evaluate(run, step))
             if stopped != "done":
                 break
         run.checkpoints.wait()
@@ -181,12 +181,12 @@ def _evaluation_due(run: Run, step: int) -> bool:
     return run.evaluate is not None and every > 0 and step % every == 0
 
 
-def _evaluate(run: Run, step: int) -> None:
+def _evaluate(run: Run, step: int) -> Mapping[str, float]:
     """Evaluates the checkpoint just saved, from disk, as it is done offline."""
     assert run.evaluate is not None
     with run.watch.charge("eval"):
         run.checkpoints.wait()
-        run.evaluate(step)
+        return run.evaluate(step)
 
 
 def _asked_to_stop(stop: signals.StopSignal, step: int, log_every: int) -> bool:
@@ -289,6 +289,12 @@ class Reporter:
                 step,
                 losses["loss"],
             )
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes the figures of a full evaluation."""
+        self._writer.write(
+            step, {f"eval/{name}": value for name, value in figures.items()}
+        )
 
     def _rows(self, batch: int) -> list[dict[str, int | str]]:
         """What was in a global batch, with names for people."""

@@ -66,8 +66,6 @@ def train(
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     _check_rows(config, mesh)
-    if evaluate is not None and config.train.evaluate_every:
-        _check_one_process()
     with signals.StopSignal() as stop, workdir_lib.opened(workdir):
         workdir_lib.check_config(workdir, config_lib.to_dict(config))
         workdir_lib.write_environment(workdir)
@@ -143,15 +141,6 @@ def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"A batch_size of {config.batch_size} cannot be split over {mesh.size} "
             f"devices. Use {f'{below} or ' if below else ''}{below + mesh.size}."
-        )
-
-
-def _check_one_process() -> None:
-    if jax.process_count() > 1:
-        raise ValueError(
-            "train.evaluate_every needs a single process, and this run has "
-            f"{jax.process_count()}. Set it to 0 and use `run.py evaluate` on the "
-            "checkpoints."
         )
 
 
