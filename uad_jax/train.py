@@ -66,6 +66,11 @@ def train(
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     _check_rows(config, mesh)
+    if config.train.evaluate_every and jax.process_count() > 1:
+        raise ValueError(
+            f"train.evaluate_every is {config.train.evaluate_every}, but full "
+            "evaluations run in one process only. Use 0 and run.py evaluate."
+        )
     with signals.StopSignal() as stop, workdir_lib.opened(workdir):
         workdir_lib.check_config(workdir, config_lib.to_dict(config))
         workdir_lib.write_environment(workdir)
