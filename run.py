@@ -39,7 +39,9 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of one run.")
 _SOURCE = flags.DEFINE_string(
     "source", "", "Folder of NIfTI files, manifest.csv, or DATASET:ROOT."
 )
-_STORE = flags.DEFINE_string("store", "", "Directory of prepared slices.")
+_STORE = flags.DEFINE_string(
+    "store", "", "Directory of prepared slices; evaluate: to evaluate on."
+)
 _RECIPE = flags.DEFINE_string("recipe", "grid2mm", "Preprocessing recipe.")
 _MODALITY = flags.DEFINE_string(
     "modality", "", "Modalities to take; of a plain folder also what its files are."
@@ -131,7 +133,7 @@ def _train() -> int:
 
 
 def _evaluate() -> None:
-    from uad_jax import evaluate
+    from uad_jax import evaluate, evaluation
 
     _need("workdir")
     if not _CONFIG.value:  # taken from the workdir when not given
@@ -139,7 +141,10 @@ def _evaluate() -> None:
             f"{_WORKDIR.value} is not the directory of a run: it has no config.json "
             "that names its config. Give the --workdir that `run.py train` was given."
         )
-    evaluate.evaluate(_CONFIG.value, pathlib.Path(_WORKDIR.value), step=_STEP.value)
+    config = _CONFIG.value
+    if _STORE.value:
+        config.evaluation.sets = evaluation.set_of_store(_STORE.value)
+    evaluate.evaluate(config, pathlib.Path(_WORKDIR.value), step=_STEP.value)
 
 
 def _env() -> None:

@@ -12,7 +12,7 @@ import pytest
 from configs import smoke
 from tests import runs, stores
 from uad_jax import config as config_lib
-from uad_jax import evaluate, train
+from uad_jax import evaluate, evaluation, train
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import builder
@@ -108,6 +108,11 @@ def test_sets_of_other_stores(
         calibration = workdir / "calibration" / "2" / f"behrendt_{name}.json"
         assert calibration.is_file()
     assert not (workdir / "report.html").exists()
+
+
+def test_a_store_by_itself_is_a_set_named_after_its_folder() -> None:
+    named = evaluation.set_of_store("stores/brats21/")
+    assert named == {"brats21": EvaluationSet(store="stores/brats21/")}
 
 
 def test_nothing_is_tuned_on_what_it_is_measured_on(

@@ -117,6 +117,11 @@ def sets(config: ExperimentConfig) -> dict[str, EvaluationSet]:
     return config.evaluation.sets or {DEFAULT_SET: EvaluationSet()}
 
 
+def set_of_store(store: str) -> dict[str, EvaluationSet]:
+    """The test split of another store as the only set, named after its folder."""
+    return {pathlib.Path(store).resolve().name: EvaluationSet(store=store)}
+
+
 def _open_store(
     config: ExperimentConfig, own: Store, evaluation_set: EvaluationSet
 ) -> Store:

@@ -321,8 +321,8 @@ def _text(summary: dict[str, Any], store: Path) -> str:
         )
     else:
         lines.append(
-            "It holds nothing to train on. To evaluate on it, name it in "
-            f"`evaluation.sets` of a config: EvaluationSet(store={str(store)!r})."
+            "It holds nothing to train on. Evaluate a trained run on it: "
+            f"python run.py evaluate --store={store} --workdir=runs/vae"
         )
     return "\n".join(lines)
 
