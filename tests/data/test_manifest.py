@@ -202,6 +202,14 @@ def test_folder_groups_modalities_of_one_subject(tmp_path: pathlib.Path) -> None
     assert [list(subject.images) for subject in only] == [["flair"]]
 
 
+def test_a_modality_that_no_file_has_is_answered_with_those_there(
+    tmp_path: pathlib.Path,
+) -> None:
+    _touch(tmp_path, "a_T1.nii", "b_T2.nii")
+    with pytest.raises(ValueError, match=r"'flair'\. Found: t1, t2"):
+        manifest.read(tmp_path, modality="flair")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -210,6 +218,8 @@ def test_folder_groups_modalities_of_one_subject(tmp_path: pathlib.Path) -> None
         (("x/a.nii", "y/a.nii"), "two images of one name"),
         (("a.nii", "a_seg.nii", "a_lesion.nii"), "two masks of one kind"),
         (("readme.txt",), "no subjects"),
+        (("a_T1_1mm.nii", "a_T2_1mm.nii"), "images of several kinds"),
+        (("a_1mm.nii", "a-T1-x.nii", "a_mask_1mm.nii"), "images of several kinds"),
     ],
 )
 def test_folder_problems_are_errors(

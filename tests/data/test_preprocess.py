@@ -367,7 +367,7 @@ def test_fault_B30_mask_of_another_affine_is_an_error_unless_ignored(
     lesion = np.zeros_like(image)
     lesion[3:5, 8, 6] = 1
     mask = _scan(tmp_path, lesion, name="m.nii.gz")
-    with pytest.raises(nifti.GridMismatch, match="ignore the affine"):
+    with pytest.raises(nifti.GridMismatch, match="--ignore_affine"):
         preprocess.apply(TINY, {"t1": scan}, lesion=mask)
     prepared = preprocess.apply(TINY, {"t1": scan}, lesion=mask, ignore_affine=True)
     back = geometry.to_native(prepared.lesion, prepared.geometry)

@@ -59,6 +59,7 @@ _MODALITY_OF_SUFFIX = {
     "pd": "pd",
     "pdw": "pd",
 }
+_MASK_WORDS = ("mask", "seg", "lesion", "label", "labels", "tissue")
 _BIDS_PATIENT = re.compile(r"(sub-[A-Za-z0-9]+)(_|$)")
 
 
@@ -369,13 +370,37 @@ def _read_folder(source: Path, modality: str) -> tuple[list[SubjectFiles], list[
             f"{', ...' if len(plain) > 1 else ''}). Are those images? Move them away, "
             "or write a manifest."
         )
+    problems += _mixed(plain)
     for kind_name, table in (("brain", brains), ("lesion", lesions)):
         problems += [
             f"{path}: a {kind_name} mask without an image {name}.nii.gz."
             for name, path in table.items()
             if name not in images
         ]
-    return _folder_subjects(images, brains, lesions, wanted), problems
+    subjects = _folder_subjects(images, brains, lesions, wanted)
+    if images and not subjects:
+        there = sorted({name for scans in images.values() for name in scans})
+        problems.append(
+            f"no image of modality {modality!r}. Found: {', '.join(there)}."
+        )
+    return subjects, problems
+
+
+def _mixed(names: Sequence[str]) -> list[str]:
+    """A problem if names without a modality at their end hold different ones inside."""
+    found: dict[str, str] = {}
+    for name in names:
+        for word in re.split(r"[-_.]", name.lower()):
+            kind = "mask" if word in _MASK_WORDS else _MODALITY_OF_SUFFIX.get(word)
+            if kind:
+                found.setdefault(kind, name)
+    if len(found) < 2:
+        return []
+    return [
+        f"images of several kinds ({', '.join(found.values())}), which their names do "
+        "not say at the end (_T1.nii.gz, _mask.nii.gz). Rename them, or write a "
+        "manifest."
+    ]
 
 
 def _folder_subjects(

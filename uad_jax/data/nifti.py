@@ -87,7 +87,7 @@ def read_image(
     if bad and not nan_to_zero:
         raise BadVoxels(
             f"{path}: {bad} of {data.size} voxels are NaN or infinite; expected "
-            "finite numbers. Repair the file, or read it with nan_to_zero."
+            "finite numbers. Repair the file, or make them 0 with --nan=zero."
         )
     if bad:
         data = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)
@@ -186,7 +186,7 @@ def check_same_grid(image: Scan, mask: Scan, ignore_affine: bool = False) -> Non
         raise GridMismatch(
             f"{mask.path}: its voxels lie up to {distance:.3g} mm from those of "
             f"{image.path} (allowed: {tolerance:.3g} mm). Resample one onto the "
-            "other, or ignore the affine if you know that the arrays match."
+            "other, or pass --ignore_affine if you know that the arrays match."
         )
 
 
@@ -278,8 +278,8 @@ def _affine(
         if not assume:
             raise BadAffine(
                 f"{path}: neither sform nor qform is set, so left and right are "
-                "unknown. Set the orientation in the file, or pass "
-                "assume_orientation, for example 'RAS'."
+                "unknown. Set the orientation in the file, or, if you know it, pass "
+                "for example --assume_orientation=RAS."
             )
         affine = _assumed_affine(path, image, assume)
         notes.append(f"The orientation {assume} was assumed.")

@@ -128,11 +128,14 @@ def _guess(raw: bytes) -> str:
     """Says what a file that should be NIfTI looks like."""
     start = raw[:512].lstrip().lower()
     if not raw:
-        return "the file is empty"
+        return "the file is empty; copy or download it again"
     if not raw.strip(b"\0"):
-        return "the file is all zeros (an unfinished copy?)"
+        return "the file is all zeros (an unfinished copy?); copy it again"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "looks like HTML (a login or error page saved instead of the data?)"
+        return (
+            "looks like HTML (a login or error page saved instead of the data?); "
+            "download it again"
+        )
     if raw[:2] == b"\x1f\x8b":
         return "looks like gzip"
     if len(raw) >= 348 and raw[344:347] in (b"n+1", b"ni1"):
