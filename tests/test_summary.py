@@ -115,8 +115,11 @@ def test_verdict_needs_twenty_subjects_to_say_beats() -> None:
         return summary.summarize(found, group_by="kind", num_samples=50)["verdict"]
 
     assert "beats the baselines" in verdict(20)
-    assert verdict(19).endswith("With fewer than 20 subjects: above.")
+    assert verdict(19).endswith(
+        "is above this baseline; fewer than 20 subjects allow no stronger statement."
+    )
     assert "no ranking" in verdict(4)
+    assert verdict(0) == "No annotated lesions: only healthy scans were measured."
     swapped = summary.summarize(
         {"model": poor, "raw": good}, group_by="kind", num_samples=50
     )

@@ -193,7 +193,10 @@ def score(
       Scorer, result and arrays of each volume.
     """
     bar = tqdm.tqdm(
-        total=len(infos), desc=title, unit="volume", disable=not context.progress
+        total=len(infos),
+        desc=title,
+        unit="volume",
+        disable=None if context.progress and infos else True,  # None: on a terminal
     )
     with bar:
         for volumes, labels, rows in batches(context, store, infos):

@@ -149,6 +149,8 @@ def _compare(
 
 def _verdict(comparison: Mapping[str, Any]) -> str:
     count = comparison["num_subjects"]
+    if not count:
+        return "No annotated lesions: only healthy scans were measured."
     if "interval" not in comparison:
         return f"{count} annotated lesion volumes: single cases, no ranking."
     low, high = comparison["interval"]
@@ -160,7 +162,10 @@ def _verdict(comparison: Mapping[str, Any]) -> str:
     )
     if count < MIN_SUBJECTS_TO_BEAT:
         side = "above" if difference > 0 else "below"
-        return text + f"With fewer than {MIN_SUBJECTS_TO_BEAT} subjects: {side}."
+        return (
+            f"{text}The model is {side} this baseline; fewer than "
+            f"{MIN_SUBJECTS_TO_BEAT} subjects allow no stronger statement."
+        )
     if low > 0:
         return text + "In this run the model beats the baselines (one seed)."
     if high < 0:
