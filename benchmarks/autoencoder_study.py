@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from configs import autoencoder
 from uad_jax import evaluate, prepare, runtime, train
+from uad_jax.config import EvaluationSet
 from uad_jax.data import cohort
 
 _ROOT = flags.DEFINE_string("root", "runs/study", "Directory of cohort, store, runs.")
@@ -59,6 +60,11 @@ def _run(root: pathlib.Path, modality: str, variant: str, seed: int) -> None:
     config.seed = seed
     config.total_steps = _STEPS.value
     config.train.eval_every = config.train.save_every = max(_STEPS.value // 10, 1)
+    if _SOURCE.value:  # healthy scans: the validation scans are worth a row too
+        config.evaluation.sets = {
+            "val": EvaluationSet(split="val"),
+            "test": EvaluationSet(),
+        }
     config.data.store = str(root / "store")
     config.data.modalities = modality
     config.source = f"configs/autoencoder.py:variant={variant},cpu"

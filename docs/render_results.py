@@ -63,11 +63,13 @@ def detection_tables(results: list[dict[str, Any]]) -> str:
     """One table per modality: models over seeds, then the baselines."""
     parts = []
     for modality, runs in _grouped(results, _modality).items():
+        _check_comparable(runs)
         facts = runs[0]["set"]
         kinds = sorted(runs[0]["groups"])
         head = ["", "AP volume mean", "AP pooled", "AUROC pooled"]
-        head += ["Dice healthy 5 %", "Dice validated", "Dice ceiling (labels)"]
-        head += [f"AP {kind}" for kind in kinds] + ["seeds beating the best baseline"]
+        head += ["Dice healthy threshold", "Dice validated", "Dice ceiling (labels)"]
+        head += [f"AP {kind}" for kind in kinds]
+        head += ["seeds beating the best baseline", "trained"]
         rows = [
             _detection_row(name, members, kinds)
             for name, members in _grouped(runs, lambda run: run["run"]["name"]).items()
@@ -83,6 +85,46 @@ def detection_tables(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def _check_comparable(runs: list[dict[str, Any]]) -> None:
+    """Figures of other data, splits, protocols or subjects never share a table."""
+    for what in ("protocol", "data_kind", "split", "recipe", "num_volumes"):
+        found = sorted({str(run["set"][what]) for run in runs})
+        if len(found) > 1:
+            names = ", ".join(run["run"]["name"] for run in runs)
+            raise ValueError(
+                f"One table would hold results of several kinds ({names}): {what} is "
+                f"{' and '.join(found)}. Collect them into another family."
+            )
+
+
+def _wins(runs: list[dict[str, Any]]) -> str:
+    """How many seeds beat the best baseline, where the rules let that be said."""
+    comparisons = [run["comparison"] for run in runs]
+    if any("interval" not in one for one in comparisons):
+        return "too few subjects"
+    if any(one["num_subjects"] < 20 for one in comparisons):
+        above = sum(one["ap_volume_mean_difference"] > 0 for one in comparisons)
+        return f"above in {above} of {len(runs)} (too few subjects to beat)"
+    return f"{sum(one['interval'][0] > 0 for one in comparisons)} of {len(runs)}"
+
+
+def _state(runs: list[dict[str, Any]]) -> str:
+    """Slices seen, share of the reference budget, slope, and what follows."""
+    states = [run["run"]["training"] for run in runs]
+    share = states[0]["percent_of_reference"]
+    text = f"{_slices(states)} slices"
+    text += "" if share is None else f" ({_number(share, 1)} % of the budget)"
+    text += f", slope {_spread([state['validation_slope'] for state in states])}"
+    undertrained = any(state["undertrained"] for state in states)
+    return text + (", **undertrained**" if undertrained else "")
+
+
+def _slices(states: list[dict[str, Any]]) -> str:
+    seen = [state["slices_seen"] for state in states]
+    low, high = min(seen), max(seen)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def _detection_row(name: str, runs: list[dict[str, Any]], kinds: list[str]) -> list:
     scores = [run["scorers"][run["run"]["name"]] for run in runs]
     groups = [run["groups"] for run in runs]
@@ -91,15 +133,14 @@ def _detection_row(name: str, runs: list[dict[str, Any]], kinds: list[str]) -> l
     for kind in kinds:
         values = [group[kind][name]["ap_volume_mean"] for group in groups]
         cells.append(_spread(values))
-    wins = sum(run["comparison"]["interval"][0] > 0 for run in runs)
-    return [*cells, f"{wins} of {len(runs)}"]
+    return [*cells, _wins(runs), _state(runs)]
 
 
 def _baseline_row(name: str, run: dict[str, Any], kinds: list[str]) -> list[str]:
     score = run["scorers"][name]
     cells = [name, *(_number(score.get(key)) for key in _KEYS)]
     cells += [_number(run["groups"][kind][name]["ap_volume_mean"]) for kind in kinds]
-    return [*cells, ""]
+    return [*cells, "", ""]
 
 
 _KEYS = (
@@ -114,12 +155,14 @@ _KEYS = (
 
 def training_table(results: list[dict[str, Any]]) -> str:
     """How far every model was trained, and how well it reconstructs healthy scans."""
-    head = ["modality", "method", "seeds", "slices seen", "% of reference budget"]
+    head = ["modality", "method", "split", "seeds", "slices seen"]
+    head += ["% of reference budget"]
     head += ["slope of validation loss, last 20 %", "state", "training s"]
     head += ["healthy L1 (brain)", "healthy SSIM", "commit"]
     rows = []
-    for (modality, name), runs in _grouped(
-        results, lambda run: (_modality(run), run["run"]["name"])
+    for (modality, name, split), runs in _grouped(
+        results,
+        lambda run: (_modality(run), run["run"]["name"], run["set"]["split"]),
     ).items():
         states = [run["run"]["training"] for run in runs]
         healthy = [run["healthy_reconstruction"] for run in runs]
@@ -128,8 +171,9 @@ def training_table(results: list[dict[str, Any]]) -> str:
             [
                 modality,
                 name,
+                split,
                 str(len(runs)),
-                f"{states[0]['slices_seen']:,}",
+                _slices(states),
                 _number(states[0]["percent_of_reference"], 1),
                 _spread([state["validation_slope"] for state in states]),
                 "**undertrained**" if undertrained else "",

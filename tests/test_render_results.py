@@ -1,0 +1,114 @@
+"""The tables of the docs keep to the rules of results."""
+
+import copy
+import importlib.util
+import pathlib
+import types
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def render() -> types.ModuleType:
+    path = ROOT / "docs" / "render_results.py"
+    spec = importlib.util.spec_from_file_location("render_results", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(seed: int, low: float = 0.01, subjects: int = 24, **facts: Any) -> dict:
+    row = {
+        "ap_volume_mean": 0.3 + 0.1 * seed,
+        "ap_pooled": 0.2,
+        "auroc_pooled": 0.9,
+        "dice_healthy_fpr_volume_mean": 0.1,
+        "dice_ceiling_pooled": 0.4,
+    }
+    comparison = {"num_subjects": subjects, "ap_volume_mean_difference": 0.1}
+    if subjects >= 5:
+        comparison["interval"] = [low, 0.2]
+    return {
+        "scorers": {"vae": row, "raw": row},
+        "groups": {"ms": {"vae": row, "raw": row}},
+        "comparison": comparison,
+        "healthy_reconstruction": {"l1_brain": 0.05, "ssim": 0.9},
+        "set": {
+            "modalities": ["flair"],
+            "num_annotated_abnormal": subjects,
+            "num_healthy": 8,
+            "num_volumes": subjects + 8,
+            "data_kind": "synthetic",
+            "protocol": "behrendt",
+            "split": "test",
+            "recipe": "grid2mm",
+            **facts,
+        },
+        "run": {
+            "name": "vae",
+            "seed": seed,
+            "commit": "abc",
+            "training": {
+                "slices_seen": 6400 + 640 * seed,
+                "percent_of_reference": 1.0,
+                "validation_slope": -0.1,
+                "train_seconds": 60.0,
+                "undertrained": True,
+            },
+        },
+    }
+
+
+def _cells(table: str, name: str) -> dict[str, str]:
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    head = next(line for line in lines if "AP pooled" in line)
+    row = next(line for line in lines if line[0] == name)
+    return dict(zip(head[-len(row) + 1 :], row[1:], strict=True))
+
+
+def test_every_row_says_how_far_the_model_was_trained(
+    render: types.ModuleType,
+) -> None:
+    table = render.detection_tables([_run(seed) for seed in range(3)])
+    cells = _cells(table, "vae")
+    assert cells["AP volume mean"] == "0.400 ± 0.100"
+    assert cells["seeds beating the best baseline"] == "3 of 3"
+    assert cells["trained"] == (
+        "6,400 to 7,680 slices (1.0 % of the budget), slope -0.100 ± 0.000, "
+        "**undertrained**"
+    )
+
+
+def test_too_few_subjects_beat_nothing(render: types.ModuleType) -> None:
+    for subjects, said in ((19, "above in 1 of 1"), (4, "too few subjects")):
+        table = render.detection_tables([_run(0, subjects=subjects)])
+        assert said in table
+        assert "1 of 1 |" not in table.replace("above in 1 of 1", "")
+    lost = render.detection_tables([_run(0, low=-0.01), _run(1)])
+    assert _cells(lost, "vae")["seeds beating the best baseline"] == "1 of 2"
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("protocol", "none"), ("data_kind", "real"), ("split", "val")],
+)
+def test_results_that_do_not_compare_are_refused(
+    render: types.ModuleType, what: str, value: str
+) -> None:
+    runs = [_run(0), _run(1, **{what: value})]
+    with pytest.raises(ValueError, match=f"{what} is"):
+        render.detection_tables(runs)
+
+
+def test_validation_and_test_scans_have_rows_of_their_own(
+    render: types.ModuleType,
+) -> None:
+    other = copy.deepcopy(_run(0, split="val"))
+    other["healthy_reconstruction"]["l1_brain"] = 0.07
+    table = render.training_table([_run(0), other])
+    assert "| vae | test | 1 |" in table
+    assert "| vae | val | 1 |" in table
+    assert "0.0700" in table
