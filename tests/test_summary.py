@@ -106,6 +106,13 @@ def test_groups_keep_the_healthy_volumes() -> None:
     assert tables["groups"]["stroke"]["model"]["ap_pooled"] == pytest.approx(0.5)
 
 
+def test_healthy_scans_alone_have_no_ranking() -> None:
+    healthy = [_result(n, [1.0, 2.0], [0, 0], abnormal=False) for n in range(3)]
+    found = {"model": healthy, "raw": healthy}
+    tables = summary.summarize(found, group_by="kind", num_samples=10)
+    assert tables["verdict"].startswith("No annotated lesions")
+
+
 def test_verdict_needs_twenty_subjects_to_say_beats() -> None:
     good = [_result(n, [3.0, 2.0, 1.0], [1, 0, 0]) for n in range(20)]
     poor = [_result(n, [1.0, 2.0, 3.0], [1, 0, 0]) for n in range(20)]
@@ -119,7 +126,6 @@ def test_verdict_needs_twenty_subjects_to_say_beats() -> None:
         "is above this baseline; fewer than 20 subjects allow no stronger statement."
     )
     assert "no ranking" in verdict(4)
-    assert verdict(0) == "No annotated lesions: only healthy scans were measured."
     swapped = summary.summarize(
         {"model": poor, "raw": good}, group_by="kind", num_samples=50
     )
