@@ -128,12 +128,13 @@ def _train() -> int:
     )
     if result.stopped == "preempted":
         return train.EXIT_PREEMPTED
-    evaluate.calibrate(config, workdir)
+    if evaluate.calibrate(config, workdir):
+        print(f"Trained. Next: python run.py evaluate --workdir={workdir}")
     return 0
 
 
 def _evaluate() -> None:
-    from uad_jax import evaluate, evaluation
+    from uad_jax import evaluate, evaluation, report
 
     _need("workdir")
     if not _CONFIG.value:  # taken from the workdir when not given
@@ -144,7 +145,10 @@ def _evaluate() -> None:
     config = _CONFIG.value
     if _STORE.value:
         config.evaluation.sets = evaluation.set_of_store(_STORE.value)
-    evaluate.evaluate(config, pathlib.Path(_WORKDIR.value), step=_STEP.value)
+    workdir = pathlib.Path(_WORKDIR.value)
+    found = evaluate.evaluate(config, workdir, step=_STEP.value)
+    for name, results in found.items():
+        print(f"\n{name}\n{report.summary(results)}")
 
 
 def _env() -> None:

@@ -3,6 +3,7 @@
 import base64
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,18 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines.append("  ".join([first, *rest]).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The results of one set for the terminal: the main columns and the verdict."""
+    keys = ("ap_pooled", "ap_volume_mean", "dice_healthy_fpr_volume_mean")
+    headings = {key: heading for key, heading, _ in COLUMNS}
+    rows = [
+        [name, *(number(metrics.get(key)) for key in keys)]
+        for name, metrics in results["scorers"].items()
+    ]
+    table = text_table(["", *(headings[key] for key in keys)], rows)
+    return f"{table}\n\n{textwrap.fill(results['verdict'], 80)}"
 
 
 def write(
