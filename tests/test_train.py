@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tests import runs, stores
 from uad_jax import checkpoint, cost, divergence, loop, train, workdir, writer
 from uad_jax import mesh as mesh_lib
-from uad_jax.config import WarmStart
+from uad_jax.config import ExperimentConfig, WarmStart
 from uad_jax.data import pipeline, sources
 from uad_jax.data.config import Placement
 from uad_jax.methods import base
@@ -289,6 +289,19 @@ def test_full_evaluations_see_the_complete_checkpoint_of_their_step(
     assert found == {3: 0.3, 6: 0.6}
 
 
+def _stream(
+    store: pathlib.Path, config: ExperimentConfig, mesh: Mesh
+) -> pipeline.TrainStream:
+    return pipeline.train_stream(
+        sources.Store.open(store),
+        config.data,
+        base.Inputs(),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mesh=mesh,
+    )
+
+
 @pytest.mark.parametrize("nan_loss", [False, True])
 def test_fault_A28_A29_a_nan_stops_with_step_and_batch_ids(
     nan_loss: bool, store: pathlib.Path, tmp_path: pathlib.Path, mesh1: Mesh
@@ -301,14 +314,7 @@ def test_fault_A28_A29_a_nan_stops_with_step_and_batch_ids(
     dump = json.loads((tmp_path / "run" / "nan_dump" / "step_6.json").read_text())
     assert dump["scalars"]["grad_norm"] == "nan"
     assert math.isnan(float(dump["parameter_norms"]["net"]))
-    stream = pipeline.train_stream(
-        sources.Store.open(store),
-        config.data,
-        base.Inputs(),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        mesh=mesh1,
-    )
+    stream = _stream(store, config, mesh1)
     found = [(row["uid"], row["slice_index"]) for row in dump["batch"]]
     assert found == stream.ids(5)
     subjects = {volume.uid: volume.subject for volume in stream.volumes}
@@ -319,6 +325,27 @@ def test_fault_A28_A29_a_nan_stops_with_step_and_batch_ids(
     state = runs.final_state(config, tmp_path / "run", mesh1)
     assert state.step == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("bad_step", [5, 6])
+def test_fault_A28_a_nan_inside_a_call_of_two_steps_is_that_steps(
+    bad_step: int,
+    store: pathlib.Path,
+    tmp_path: pathlib.Path,
+    mesh1: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "_steps_per_call", lambda config, mesh: 2)
+    config = runs.scale_config(
+        store, **{"method.nan_step": bad_step - 1, "train.log_every": 2}
+    )
+    with pytest.raises(divergence.Diverged, match=f"Step {bad_step}:"):
+        train.train(config, tmp_path / "run", mesh=mesh1)
+    path = tmp_path / "run" / "nan_dump" / f"step_{bad_step}.json"
+    found = [
+        (x["uid"], x["slice_index"]) for x in json.loads(path.read_text())["batch"]
+    ]
+    assert found == _stream(store, config, mesh1).ids(bad_step - 1)
 
 
 def test_fault_A30_a_step_that_is_not_finite_is_never_a_checkpoint(
