@@ -3,8 +3,9 @@
 import json
 
 import numpy as np
+import pytest
 
-from uad_jax import results
+from uad_jax import results, scoring
 
 
 def test_folders_of_the_machine_are_cut_off() -> None:
@@ -28,3 +29,22 @@ def test_what_does_not_exist_is_null() -> None:
     row = {"auroc": float("nan"), "ap": 0.5, "interval": [np.float64("nan"), 1.0]}
     text = json.dumps(results.without_nan(row), allow_nan=False)
     assert json.loads(text) == {"auroc": None, "ap": 0.5, "interval": [None, 1.0]}
+
+
+@pytest.mark.parametrize(("shift", "outside"), [(0.0, 0.0), (-5.0, -4.0)])
+def test_outside_the_brain_a_shown_map_is_never_the_highest(
+    shift: float, outside: float
+) -> None:
+    scores = np.array([[[1.0, 2.0, 1.0]]], np.float32) + np.float32(shift)
+    arrays = scoring.VolumeArrays(
+        image=scores[..., None],
+        brain=np.ones_like(scores, bool),
+        lesion=np.zeros_like(scores, bool),
+        anomaly_map=scores,
+        eroded=np.array([[[True, True, False]]]),
+        reconstruction=None,
+    )
+    shown = results.map_to_show(arrays)
+    np.testing.assert_array_equal(shown[..., :2], scores[..., :2])
+    assert shown[0, 0, 2] == outside
+    assert shown.dtype == np.float32

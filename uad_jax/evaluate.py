@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from uad_jax import evaluation, figures, scoring, summary
@@ -259,7 +258,7 @@ def _shown_cases(
                 reconstruction=None
                 if reconstruction is None
                 else reconstruction[..., 0],
-                anomaly_map=np.where(shown.eroded, shown.anomaly_map, 0.0),
+                anomaly_map=results_lib.map_to_show(shown),
                 found=postprocess.predict(shown.anomaly_map, shown.eroded, threshold),
                 lesion=shown.lesion if result.annotated else None,
                 brain=shown.brain,

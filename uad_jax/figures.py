@@ -100,7 +100,7 @@ def _draw_case(row: Sequence[Axes], case: Case, map_limit: float) -> None:
     row[2].imshow(
         radiological(case.anomaly_map[z]),
         cmap="inferno",
-        vmin=0.0,
+        vmin=min(0.0, float(case.anomaly_map.min())),
         vmax=map_limit,
         interpolation="nearest",
     )

@@ -116,11 +116,17 @@ def write_map(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> None:
     """Writes one anomaly map on the grid of the scan it was made from."""
     folder = context.workdir / "maps" / context.name
     folder.mkdir(parents=True, exist_ok=True)
-    inside = np.where(arrays.eroded, arrays.anomaly_map, 0.0).astype(np.float32)
+    inside = map_to_show(arrays)
     native = geometry.to_native(inside, info.geometry)
     nifti.write_map(
         folder / f"{info.subject}_desc-anomaly_map.nii.gz", native, info.geometry
     )
+
+
+def map_to_show(arrays: VolumeArrays) -> np.ndarray:
+    """The map with 0, or its lowest score if that is lower, outside the brain."""
+    lowest = min(0.0, float(arrays.anomaly_map.min()))
+    return np.where(arrays.eroded, arrays.anomaly_map, lowest).astype(np.float32)
 
 
 def write(
