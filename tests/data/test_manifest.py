@@ -121,7 +121,8 @@ def test_rows_are_reported_together(tmp_path: pathlib.Path) -> None:
         "a,a.nii,,validation,\n"
         "b,,,,-1\n"
         "c,a.nii\n"
-        ",a.nii,,,\n",
+        ",a.nii,,,\n"
+        "../d,a.nii,,,\n",
     )
     with pytest.raises(ValueError, match="problem") as error:
         manifest.read(path)
@@ -133,6 +134,7 @@ def test_rows_are_reported_together(tmp_path: pathlib.Path) -> None:
         "line 4: fold is '-1'",
         "line 5: 2 cells",
         "line 6: the subject is empty",
+        "line 7: subject '../d' holds a slash",
     ):
         assert part in str(error.value)
 

@@ -273,6 +273,11 @@ def _row_problems(row: dict[str, str]) -> list[str]:
     problems = []
     if not row["subject"]:
         problems.append("the subject is empty.")
+    if "/" in row["subject"] or "\\" in row["subject"]:
+        problems.append(
+            f"subject {row['subject']!r} holds a slash, but names files of results. "
+            "Write a dash in its place."
+        )
     if not any(row[name] for name in row if _is_image(name)):
         problems.append(f"subject {row['subject']!r} has no image.")
     for name, allowed in (("label", LABELS), ("split", SPLITS)):
