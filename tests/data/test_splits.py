@@ -57,6 +57,12 @@ def test_few_subjects_still_train(count: int) -> None:
     assert counts["test"] == (1 if count > 2 else 0)
 
 
+def test_a_store_of_patients_alone_splits_alike_in_every_fold() -> None:
+    volumes = [_subject(f"p{number}", label="abnormal") for number in range(5)]
+    assert splits.assign(volumes, fold=3) == splits.assign(volumes)
+    assert set(splits.assign(volumes).values()) == {"val", "test"}
+
+
 def test_scans_of_one_patient_stay_together() -> None:
     volumes = [_subject(f"{p}-{k}", patient=f"p{p}") for p in range(12) for k in (1, 2)]
     volumes.append(_subject("lesion", patient="p3", label="abnormal"))

@@ -174,7 +174,7 @@ def _draw(
     """Draws the splits by a hash of the patient, with exact shares."""
     rest = _healthy_rest(volumes, seed)
     count = max(1, min(num_folds, len(rest)))
-    if not 0 <= fold < count:
+    if rest and not 0 <= fold < count:  # without healthy patients there are no folds
         raise ValueError(
             f"fold is {fold}, but {len(rest)} healthy patients make {count} fold(s)."
         )
