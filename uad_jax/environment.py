@@ -1,5 +1,6 @@
 """What this run ran on: versions, devices, and why a GPU was not found."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -48,8 +49,12 @@ def describe() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str:
-    """The git commit of the source tree, with "+changes" if it is not clean."""
+    """The git commit of the source tree, with "+changes" if it is not clean.
+
+    Asked once: later commits are not what this process runs.
+    """
     root = pathlib.Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or not shutil.which("git"):
         return "unknown"
