@@ -8,6 +8,7 @@ Expected:  not yet measured
 """
 
 from configs import _parts
+from configs import autoencoder as published
 from uad_jax import config as config_lib
 from uad_jax import optim
 from uad_jax.methods import autoencoder
@@ -37,4 +38,5 @@ def get_config(arg: str = "") -> config_lib.ExperimentConfig:
         ),
         batch_size=16,
         total_steps=steps,
+        reference_slices=published.REFERENCE_SLICES,
     )
