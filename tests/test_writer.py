@@ -91,6 +91,9 @@ def test_a_run_from_scratch_drops_old_lines(tmp_path: pathlib.Path) -> None:
     metrics.close()
     writer.MetricWriter(tmp_path).close()
     assert writer.read_metrics(tmp_path) == []
+    _, second = read_events(tmp_path)
+    assert second[1].step == 1
+    assert second[1].session_log.status == event_pb2.SessionLog.START
 
 
 def test_fault_A39_lost_log_files_are_warned_about_once(

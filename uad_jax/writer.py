@@ -132,11 +132,12 @@ class _Events:
 
     def __init__(self, directory: pathlib.Path, resume_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        earlier = any(directory.iterdir())
         self._path = directory / f"events.out.tfevents.{time.time_ns()}.uad_jax"
         self._file = record_writer.RecordWriter(str(self._path))
         self._synced = time.monotonic()
         self._add(event_pb2.Event(file_version="brain.Event:2"))
-        if resume_step:
+        if earlier:
             # Tells TensorBoard to forget what earlier files say from this step on.
             restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add(event_pb2.Event(step=resume_step + 1, session_log=restart))
