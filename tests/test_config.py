@@ -68,6 +68,24 @@ def test_validate_lists_all_problems_at_once() -> None:
         config_lib.validate(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("log_every", 0),
+        ("keep_checkpoints", 0),
+        ("evaluate_every", -1),
+        ("keep_every", -1),
+        ("validation_slices", -1),
+        ("patience", -1),
+    ],
+)
+def test_validate_names_a_train_field_that_is_too_small(name: str, value: int) -> None:
+    config = _experiment()
+    setattr(config.train, name, value)
+    with pytest.raises(ValueError, match=f"train.{name} is {value}; use {value + 1} "):
+        config_lib.validate(config)
+
+
 def test_validate_wants_multiples_of_steps_per_call() -> None:
     config = _experiment()
     config.total_steps = 101

@@ -221,6 +221,13 @@ def validate(config: ExperimentConfig) -> None:
     for name in ("steps_per_call", "log_every", "eval_every", "save_every"):
         if getattr(train, name) < 1:
             problems.append(f"train.{name} is {getattr(train, name)}; use 1 or more.")
+    if train.keep_checkpoints < 1:
+        problems.append(
+            f"train.keep_checkpoints is {train.keep_checkpoints}; use 1 or more."
+        )
+    for name in ("evaluate_every", "keep_every", "validation_slices", "patience"):
+        if getattr(train, name) < 0:
+            problems.append(f"train.{name} is {getattr(train, name)}; use 0 or more.")
     if not problems:
         chunk = train.steps_per_call
         for name, value in (
