@@ -95,6 +95,13 @@ def test_without_any_lesion_there_are_no_voxel_figures() -> None:
     assert report.table_rows({"m": row})[0][1] == "-"
 
 
+def test_few_subjects_are_shown_one_by_one() -> None:
+    tables = summary.summarize({"model": _four()}, group_by="kind", num_samples=10)
+    assert tables["cases"] == {"sub-0": {"model": 1.0}, "sub-1": {"model": 0.5}}
+    many = {"model": [_result(n, [2.0, 1.0], [1, 0]) for n in range(5)]}
+    assert not summary.summarize(many, group_by="kind", num_samples=10)["cases"]
+
+
 def test_groups_keep_the_healthy_volumes() -> None:
     results = _four()
     results[1] = dataclasses.replace(

@@ -31,8 +31,8 @@ def summarize(
       num_samples: Bootstrap resamplings of the subjects.
 
     Returns:
-      "scorers", "groups", "comparison", "verdict", "healthy_reconstruction" and
-      "counts" of the results file.
+      "scorers", "groups", "cases", "comparison", "verdict",
+      "healthy_reconstruction" and "counts" of the results file.
     """
     model = next(iter(found.values()))
     groups = sorted({_group(result, group_by) for result in model if result.abnormal})
@@ -56,11 +56,26 @@ def summarize(
             for group in groups
             if len(groups) > 1
         },
+        "cases": _cases(found),
         "comparison": comparison,
         "verdict": _verdict(comparison),
         "healthy_reconstruction": _healthy_reconstruction(model),
         "counts": _counts(model),
     }
+
+
+def _cases(
+    found: Mapping[str, Sequence[VolumeResult]],
+) -> dict[str, dict[str, float]]:
+    """Subject -> scorer -> AP, where there are too few subjects for a mean."""
+    cases: dict[str, dict[str, float]] = {}
+    for name, results in found.items():
+        lesions = _with_lesion(results)
+        if len(lesions) < MIN_SUBJECTS_TO_RANK:
+            for one in lesions:
+                precision = voxel.average_precision(voxel.rank(one.voxels))
+                cases.setdefault(one.info.subject, {})[name] = precision
+    return cases
 
 
 def metrics(results: Sequence[VolumeResult], num_samples: int) -> dict[str, Any]:
