@@ -77,9 +77,11 @@ def summary(results: Mapping[str, Any]) -> str:
     """The results of one set for the terminal: the main columns and the verdict."""
     keys = ("ap_pooled", "ap_volume_mean", "dice_healthy_fpr_volume_mean")
     headings = {key: heading for key, heading, _ in COLUMNS}
+    scorers = dict(results["scorers"])
+    model = results["run"]["name"]  # first also in results read from a file, sorted
     rows = [
         [name, *(number(metrics.get(key)) for key in keys)]
-        for name, metrics in results["scorers"].items()
+        for name, metrics in ({model: scorers.pop(model)} | scorers).items()
     ]
     table = text_table(["", *(headings[key] for key in keys)], rows)
     return f"{table}\n\n{textwrap.fill(results['verdict'], 80)}"
