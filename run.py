@@ -4,7 +4,7 @@
     python run.py check-data  --source=DIR               find files that cannot be used
     python run.py prepare     --source=DIR --store=DIR   make slices of scans, once
     python run.py train       --config=FILE --workdir=DIR --config.data.store=DIR
-    python run.py evaluate    --workdir=DIR              metrics, report, anomaly maps
+    python run.py evaluate    --workdir=DIR              metrics and report
     python run.py env                                    versions and devices
 
 `python run.py --help` lists the flags.
