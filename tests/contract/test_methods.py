@@ -42,7 +42,11 @@ class Row(NamedTuple):
 
 
 def _autoencoder(variant: Variant) -> Row:
-    fields = {"optimizer.learning_rate": (1e-3, 3e-3), "dropout": (0.1, 0.3)}
+    fields = {
+        "optimizer.learning_rate": (1e-3, 3e-3),
+        "optimizer.clip_norm": (100.0, 1.0),
+        "dropout": (0.1, 0.3),
+    }
     if variant is Variant.VAE:
         fields["kl_weight"] = (1.0, 10.0)
     return Row(
