@@ -12,11 +12,12 @@ import pytest
 from configs import smoke
 from tests import runs, stores
 from uad_jax import config as config_lib
-from uad_jax import evaluate, evaluation, train
+from uad_jax import evaluate, evaluation, scoring, train
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import builder
 from uad_jax.methods import autoencoder
+from uad_jax.types import Scores, Volumes
 
 TRAINED = ("t1", "t2")
 TWO_STEPS = {"total_steps": 2, "train.eval_every": 2, "train.save_every": 2}
@@ -172,6 +173,39 @@ def test_several_processes_are_told_to_evaluate_in_one(
     assert not evaluate.calibrate(config, workdir)  # training ends well
     with pytest.raises(ValueError, match=r"job has 2.*without --distributed"):
         evaluate.evaluate(config, workdir)
+
+
+def test_scores_below_zero_without_reconstruction_are_measured_alike(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    mesh1: jax.sharding.Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, workdir = trained
+    config = _opened(config, plain=EvaluationSet())
+    expected = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)["plain"]
+    wrapped = scoring.method_scorer
+
+    def lowered(*given: object) -> scoring.Scorer:
+        scorer = wrapped(*given)
+
+        def score(volumes: Volumes) -> Scores:
+            scores = scorer.score(volumes)
+            lower = scores.anomaly_map - 5.0
+            return dataclasses.replace(scores, anomaly_map=lower, reconstruction=None)
+
+        return scorer._replace(score=score)
+
+    monkeypatch.setattr(scoring, "method_scorer", lowered)
+    config = _opened(config, lowered=EvaluationSet())
+    found = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)["lowered"]
+    row = expected["scorers"]["smoke"]
+    for name in ("ap_pooled", "auroc_pooled", "dice_healthy_fpr_volume_mean"):
+        # float32 ties a few scores that differed nearer to 0
+        assert found["scorers"]["smoke"][name] == pytest.approx(row[name], abs=0.01)
+    assert expected["healthy_reconstruction"]
+    assert not found["healthy_reconstruction"]
+    page = (workdir / "report_lowered.html").read_text(encoding="utf-8")
+    assert "the method has no reconstruction" in page
 
 
 def _picture(number: int, *, lesion: bool = False) -> stores.Prepared:

@@ -1,5 +1,6 @@
 """What the command line says to somebody who mistypes."""
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def test_a_slip_gets_one_sentence_and_no_traceback(
     assert expected in said
     assert "Traceback" not in said
     assert len(said.splitlines()) <= 3
+
+
+def test_another_python_gets_one_sentence() -> None:
+    code = "import runpy, sys; sys.version_info = (3, 10, 14); runpy.run_path('run.py')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("uad_jax needs Python 3.11, 3.12 or 3.13, and this")
+    assert len(done.stderr.splitlines()) == 1
+    # To say so it must be read by that Python.
+    ast.parse((ROOT / "run.py").read_text(encoding="utf-8"), feature_version=(3, 7))
 
 
 def test_no_mode_explains_all_of_them() -> None:
