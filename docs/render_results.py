@@ -74,8 +74,10 @@ def detection_tables(results: list[dict[str, Any]]) -> str:
             _detection_row(name, members, kinds)
             for name, members in _grouped(runs, lambda run: run["run"]["name"]).items()
         ]
-        for baseline in list(runs[0]["scorers"])[1:]:
-            rows.append(_baseline_row(baseline, runs[0], kinds))
+        own = runs[0]["run"]["name"]  # by name: the keys of the files are sorted
+        for baseline in runs[0]["scorers"]:
+            if baseline != own:
+                rows.append(_baseline_row(baseline, runs[0], kinds))
         caption = (
             f"**{modality.upper()}**, {facts['num_annotated_abnormal']} lesion and "
             f"{facts['num_healthy']} healthy test volumes ({facts['data_kind']}), "

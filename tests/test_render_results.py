@@ -32,8 +32,8 @@ def _run(seed: int, low: float = 0.01, subjects: int = 24, **facts: Any) -> dict
     if subjects >= 5:
         comparison["interval"] = [low, 0.2]
     return {
-        "scorers": {"vae": row, "raw": row},
-        "groups": {"ms": {"vae": row, "raw": row}},
+        "scorers": {"atlas-z": row, "raw": row, "vae": row},  # as in files: sorted
+        "groups": {"ms": {"atlas-z": row, "raw": row, "vae": row}},
         "comparison": comparison,
         "healthy_reconstruction": {"l1_brain": 0.05, "ssim": 0.9},
         "set": {
@@ -80,6 +80,14 @@ def test_every_row_says_how_far_the_model_was_trained(
         "6,400 to 7,680 slices (1.0 % of the budget), slope -0.100 ± 0.000, "
         "**undertrained**"
     )
+
+
+def test_all_baselines_have_a_row_and_the_model_has_one(
+    render: types.ModuleType,
+) -> None:
+    table = render.detection_tables([_run(0), _run(1)])
+    names = [line.split("|")[1].strip() for line in table.splitlines()[4:]]
+    assert names == ["vae", "atlas-z", "raw"]
 
 
 def test_too_few_subjects_beat_nothing(render: types.ModuleType) -> None:
