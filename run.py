@@ -194,7 +194,10 @@ def _stored_config(argv: list[str]) -> dict[str, Any] | None:
     path = pathlib.Path(_given(argv, "workdir")) / "config.json"
     if _given(argv, "config") or not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sys.exit(f"{path} is damaged: {error}. Put a sound copy in its place.")
     return stored if stored.get("source") else None
 
 
@@ -241,7 +244,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
         flag = flags.FLAGS["config"]
         overrides = dict(config_flags.get_override_values(flag))
-        config_lib.fill(flag.value, stored)
+        try:
+            config_lib.fill(flag.value, stored)
+        except ValueError as error:
+            sys.exit(f"{_given(argv, 'workdir')}: {error}")
         for path, value in overrides.items():
             config_path.set_value(path, flag.value, value)
     return rest

@@ -51,6 +51,23 @@ def test_a_slip_gets_one_sentence_and_no_traceback(
     assert len(said.splitlines()) <= 3
 
 
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ('{"source": ', "config.json is damaged"),
+        ('{"source": "configs/smoke.py", "type": "X"}', "the stored config holds a X"),
+    ],
+)
+def test_a_stored_config_that_cannot_be_read_gets_one_sentence(
+    tmp_path: pathlib.Path, stored: str, expected: str
+) -> None:
+    (tmp_path / "config.json").write_text(stored, encoding="utf-8")
+    done = _run("evaluate", f"--workdir={tmp_path}")
+    assert done.returncode == 1
+    assert expected.lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
 def test_another_python_gets_one_sentence() -> None:
     code = "import runpy, sys; sys.version_info = (3, 10, 14); runpy.run_path('run.py')"
     done = subprocess.run(
