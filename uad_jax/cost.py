@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from uad_jax import mesh as mesh_lib
 from uad_jax.types import TrainState, Tree
 
 _GIB = 2**30
@@ -85,7 +86,7 @@ def explained(batch_size: int, mesh: Mesh, cost: Cost | None = None) -> Iterator
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        limit = device_bytes(mesh.local_devices[0])
+        limit = mesh_lib.device_bytes(mesh.local_devices[0])
         raise OutOfDeviceMemory(
             f"{advice(cost, batch_size, mesh.size, limit)} (XLA: "
             f"{str(error).splitlines()[0]})"
@@ -97,11 +98,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(
         error, jax.errors.JaxRuntimeError
     ) and "RESOURCE_EXHAUSTED" in str(error)
-
-
-def device_bytes(device: jax.Device) -> int:
-    """Memory that JAX may use on a device, 0 if unknown (CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
 def advice(cost: Cost | None, batch_size: int, num_devices: int, limit: int) -> str:

@@ -46,6 +46,11 @@ def with_shardings(abstract: Tree, mesh: Mesh) -> Tree:
     )
 
 
+def device_bytes(device: jax.Device) -> int:
+    """Memory that JAX may use on a device, 0 if unknown (CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
 def to_global(local: Tree, mesh: Mesh) -> Tree:
     """Joins each process's contiguous block of rows into global sharded arrays.
 

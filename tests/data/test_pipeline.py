@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from tests import stores
+from uad_jax import mesh as mesh_lib
 from uad_jax.data import builder, pipeline, placement, sources
 from uad_jax.data.config import DataConfig, Placement, Sampling
 from uad_jax.types import Batch
@@ -206,6 +207,21 @@ def test_placement_auto_goes_by_size(store: sources.Store, mesh1: Mesh) -> None:
     place = functools.partial(stream, store, mesh1, placement=Placement.AUTO)
     assert place().placement is Placement.DEVICE
     assert place(device_budget_gib=1e-9).placement is Placement.STREAM
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(2**16, Placement.STREAM), (2**40, Placement.DEVICE)]
+)
+def test_placement_auto_leaves_most_of_a_small_device_to_the_model(
+    limit: int,
+    expected: Placement,
+    store: sources.Store,
+    mesh1: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mesh_lib, "device_bytes", lambda device: limit)
+    opened = stream(store, mesh1, placement=Placement.AUTO)
+    assert opened.placement is expected
 
 
 @pytest.mark.parametrize("where", [Placement.STREAM, Placement.DEVICE])

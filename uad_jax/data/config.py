@@ -31,7 +31,8 @@ class DataConfig:
       min_brain_fraction: Training slices with a smaller share of brain pixels are
         left out (`Sampling.SLICES` only).
       placement: Where the training fold lives.
-      device_budget_gib: Largest fold that `Placement.AUTO` puts on the device.
+      device_budget_gib: Largest fold that `Placement.AUTO` puts on the device; never
+        more than a quarter of its memory.
       num_workers: Grain worker processes; 0 reads in this process.
       read_threads: Grain reading threads.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags, logging
 from jax.sharding import Mesh
 
+from uad_jax import mesh as mesh_lib
 from uad_jax.data import order, placement, reading, sources, splits
 from uad_jax.data.config import DataConfig, Placement, Sampling
 from uad_jax.types import Batch, Labels, Volumes
@@ -186,7 +187,11 @@ class TrainStream:
         devices = self._mesh.local_devices
         if devices[0].platform == "cpu":  # virtual devices share one memory
             size *= len(devices)
-        fits = size <= self._config.device_budget_gib * 2**30
+        budget = self._config.device_budget_gib * 2**30
+        limit = mesh_lib.device_bytes(devices[0])
+        if limit:
+            budget = min(budget, limit / 4)  # the rest is for the model
+        fits = size <= budget
         return Placement.DEVICE if fits else Placement.STREAM
 
     def _fingerprint(self, seed: int) -> str:
