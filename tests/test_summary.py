@@ -179,14 +179,26 @@ def test_training_state_of_a_run_that_validates_rarely_is_not_passed_over() -> N
     assert not summary.training_state(config, 200, rising)["undertrained"]
 
 
-def test_best_median_worst_are_ordered_by_ap() -> None:
+def test_shown_subjects_are_ordered_by_ap_or_else_by_score() -> None:
     third = _result(9, [3.0, 2.0, 1.0], [0, 0, 1])
-    chosen = summary.best_median_worst([third, *_four()])
-    values = {name: round(ap, 2) for name, (_, ap) in chosen.items()}
-    assert values == {"best": 1.0, "median": 0.5, "worst": 0.33}
-    assert set(summary.best_median_worst(_four())) == {"best", "worst"}
-    assert set(summary.best_median_worst([third])) == {"only"}
-    assert summary.best_median_worst(_four()[2:]) == {}
+
+    def shown(results: list[VolumeResult]) -> dict[str, str]:
+        chosen = summary.shown_subjects(results)
+        return {caption.split(":")[0]: caption.split("\n")[1] for caption in chosen}
+
+    assert shown([third, *_four()]) == {
+        "best": "AP 1.00",
+        "median": "AP 0.50",
+        "worst": "AP 0.33",
+    }
+    assert set(shown(_four())) == {"best", "worst"}
+    assert set(shown([third])) == {"only"}
+    healthy = [*_four()[2:], _result(7, [0.0], [0], abnormal=False)]
+    assert shown(healthy) == {
+        "highest": "score 3.5",
+        "median": "score 1",
+        "lowest": "score 0",
+    }
 
 
 def test_subject_rows_have_one_set_of_columns() -> None:

@@ -233,9 +233,9 @@ def _shown_cases(
     found: Sequence[VolumeResult],
     thresholds: dict[str, dict[str, float]],
 ) -> list[figures.Case]:
-    """Scores the best, the median and the worst subject once more, to show them."""
-    chosen = summary.best_median_worst(found)
-    infos = [result.info for result, _ in chosen.values()]
+    """Scores the subjects to show once more, this time keeping their pictures."""
+    chosen = summary.shown_subjects(found)
+    infos = [result.info for result in chosen.values()]
     arrays = {
         result.info.uid: shown
         for _, result, shown in evaluation.score(
@@ -247,13 +247,13 @@ def _shown_cases(
         context.evaluation_set.threshold_from.value, rules["healthy_fpr"]
     )
     cases = []
-    for place, (result, value) in chosen.items():
+    for caption, result in chosen.items():
         shown = arrays[result.info.uid]
         kind = result.info.extra.get(GROUP_BY, result.info.label)
         reconstruction = shown.reconstruction
         cases.append(
             figures.Case(
-                title=f"{place}: {result.info.subject}\n{kind}, AP {value:.2f}",
+                title=f"{caption}, {kind}",
                 image=shown.image[..., 0],
                 reconstruction=None
                 if reconstruction is None

@@ -267,21 +267,33 @@ def _relative_slope(points: Sequence[tuple[int, float]]) -> float | None:
     return float(slope * (steps[-1] - steps[0]) / losses.mean())
 
 
-def best_median_worst(
-    results: Sequence[VolumeResult],
-) -> dict[str, tuple[VolumeResult, float]]:
-    """The subjects to show, with their AP; empty without annotated lesions."""
-    lesions = _with_lesion(results)
-    if not lesions:
-        return {}
-    values = [voxel.average_precision(voxel.rank(one.voxels)) for one in lesions]
-    order = np.argsort(values)[::-1]
-    places = {0: "best", len(order) // 2: "median", len(order) - 1: "worst"}
-    if len(order) < 3:  # one place would have two names
-        places = {0: "best", len(order) - 1: "worst"} if len(order) > 1 else {0: "only"}
+def shown_subjects(results: Sequence[VolumeResult]) -> dict[str, VolumeResult]:
+    """The subjects to show: caption -> result.
+
+    The best, the median and the worst by AP; without annotated lesions those with
+    the highest, the median and the lowest volume score.
+    """
+    chosen = _with_lesion(results)
+    if chosen:
+        words = ("best", "median", "worst")
+        values = [voxel.average_precision(voxel.rank(one.voxels)) for one in chosen]
+        captions = [f"AP {value:.2f}" for value in values]
+    else:
+        chosen, words = list(results), ("highest", "median", "lowest")
+        values = [one.volume_score for one in chosen]
+        captions = [f"score {value:.3g}" for value in values]
+    order = [int(place) for place in np.argsort(values)[::-1]]
+    places = {0: words[0], len(order) // 2: words[1], len(order) - 1: words[2]}
+    if len(order) == 2:  # one of two is no median
+        places = {0: words[0], 1: words[2]}
+    elif len(order) == 1:
+        places = {0: "only"}
     return {
-        name: (lesions[order[place]], values[order[place]])
-        for place, name in places.items()
+        f"{word}: {chosen[order[place]].info.subject}\n{captions[order[place]]}": chosen[
+            order[place]
+        ]
+        for place, word in places.items()
+        if order
     }
 
 
