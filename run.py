@@ -266,6 +266,11 @@ def main(argv: list[str]) -> int | None:
     runtime.setup()
     try:
         return _MODES[argv[1]]()
+    except KeyboardInterrupt:
+        if _DEBUG.value:
+            raise
+        print("\nStopped. The same command starts again.", file=sys.stderr)
+        return 130  # as a shell has it
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if _DEBUG.value:
             raise

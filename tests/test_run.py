@@ -89,3 +89,23 @@ def test_no_mode_explains_all_of_them() -> None:
     assert done.returncode == 1
     for mode in ("demo", "check-data", "prepare", "train", "evaluate", "env"):
         assert f"run.py {mode} " in done.stderr
+
+
+def test_ctrl_c_is_no_crash() -> None:
+    code = (
+        "import run\n"
+        "from absl import app\n"
+        "def stop(): raise KeyboardInterrupt\n"
+        "run._MODES['env'] = stop\n"
+        "app.run(run.main, argv=['run.py', 'env'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 130
+    assert done.stderr.strip() == "Stopped. The same command starts again."
