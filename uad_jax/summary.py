@@ -288,13 +288,11 @@ def shown_subjects(results: Sequence[VolumeResult]) -> dict[str, VolumeResult]:
         places = {0: words[0], 1: words[2]}
     elif len(order) == 1:
         places = {0: "only"}
-    return {
-        f"{word}: {chosen[order[place]].info.subject}\n{captions[order[place]]}": chosen[
-            order[place]
-        ]
-        for place, word in places.items()
-        if order
-    }
+    shown = {}
+    for place, word in places.items():
+        result, caption = chosen[order[place]], captions[order[place]]
+        shown[f"{word}: {result.info.subject}\n{caption}"] = result
+    return shown
 
 
 def subject_row(result: VolumeResult) -> dict[str, Any]:
