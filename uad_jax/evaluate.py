@@ -259,7 +259,9 @@ def _shown_cases(
                 if reconstruction is None
                 else reconstruction[..., 0],
                 anomaly_map=results_lib.map_to_show(shown),
-                found=postprocess.predict(shown.anomaly_map, shown.eroded, threshold),
+                found=postprocess.predict(
+                    shown.anomaly_map, shown.eroded, threshold, scorer.protocol
+                ),
                 lesion=shown.lesion if result.annotated else None,
                 brain=shown.brain,
             )

@@ -51,8 +51,8 @@ class VolumeResult:
       slice_score: Of the slices with brain, [d] float32.
       slice_lesion: Which of them hold lesion, [d] bool.
       volume_score: Of the whole volume.
-      dice: Dice at each threshold after removal of small components; NaN if truth
-        and prediction are both empty.
+      dice: Dice at each threshold, after removal of small components if the protocol
+        has it; NaN if truth and prediction are both empty.
       found_voxels: Voxels of the prediction at each threshold.
       reconstruction: Errors of the reconstruction against the input.
     """
@@ -170,7 +170,13 @@ def score_volumes(
             if scores.reconstruction is None
             else np.asarray(scores.reconstruction[row])[valid],
         )
-        yield _result(row, info, scores, labels, arrays, thresholds, errors), arrays
+        found = {
+            name: postprocess.predict(
+                arrays.anomaly_map, arrays.eroded, threshold, scorer.protocol
+            )
+            for name, threshold in thresholds.items()
+        }
+        yield _result(row, info, scores, labels, arrays, found, errors), arrays
 
 
 def _result(
@@ -179,14 +185,9 @@ def _result(
     scores: Scores,
     labels: Labels,
     arrays: VolumeArrays,
-    thresholds: Mapping[str, float],
+    found: Mapping[str, np.ndarray],
     errors: Mapping[str, np.ndarray],
 ) -> VolumeResult:
-    dice, found_voxels = {}, {}
-    for name, threshold in thresholds.items():
-        found = postprocess.predict(arrays.anomaly_map, arrays.eroded, threshold)
-        found_voxels[name] = int(found.sum())
-        dice[name] = voxel.dice(voxel.confusion_of_masks(found, arrays.lesion))
     shown = np.any(arrays.brain, axis=(1, 2))
     slice_score = np.asarray(scores.slice_score[row])[: len(shown)]
     return VolumeResult(
@@ -199,8 +200,11 @@ def _result(
         slice_score=slice_score[shown],
         slice_lesion=np.any(arrays.lesion, axis=(1, 2))[shown],
         volume_score=float(scores.volume_score[row]),
-        dice=dice,
-        found_voxels=found_voxels,
+        dice={
+            name: voxel.dice(voxel.confusion_of_masks(mask, arrays.lesion))
+            for name, mask in found.items()
+        },
+        found_voxels={name: int(mask.sum()) for name, mask in found.items()},
         reconstruction={name: float(value[row]) for name, value in errors.items()},
     )
 

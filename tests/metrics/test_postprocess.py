@@ -151,7 +151,8 @@ def test_predict_is_strictly_above_and_inside_the_brain() -> None:
     scores[0, :, :4], scores[0, 0, 4] = 0.5, 0.6
     eroded = np.ones(scores.shape, bool)
     predict = postprocess_lib.predict
-    assert predict(scores, eroded, 0.5, max_component=0).sum() == 1
+    assert predict(scores, eroded, 0.5, Protocol.NONE).sum() == 1
+    assert predict(scores, eroded, 0.5).sum() == 0  # a component of one voxel
     assert predict(scores, eroded, 0.4).sum() == 17
     eroded[0, 0] = False
     assert predict(scores, eroded, 0.4).sum() == 12

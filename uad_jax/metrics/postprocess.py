@@ -42,7 +42,7 @@ def postprocess(
     cross of 4 neighbours), sets what lies outside to the volume's lowest score, takes
     the 5 x 5 x 5 median and sets the outside again. Thresholds (`predict`) and the
     removal of small components (`remove_small_components`) follow on the host.
-    NONE only sets the outside.
+    NONE only sets the outside, and drops no components either.
 
     Deviation from the code of Behrendt et al.: there the median may carry scores to
     voxels just outside the eroded brain; here these rank lowest.
@@ -120,8 +120,7 @@ def predict(
     anomaly_map: np.ndarray,
     eroded: np.ndarray,
     threshold: float,
-    *,
-    max_component: int = 7,
+    protocol: Protocol = Protocol.BEHRENDT,
 ) -> np.ndarray:
     """Segments one post-processed volume.
 
@@ -129,13 +128,13 @@ def predict(
       anomaly_map: [D, H, W] float32 from `postprocess`.
       eroded: [D, H, W] bool from `postprocess`.
       threshold: Scores strictly above it are abnormal.
-      max_component: Components of this many voxels or fewer are dropped; 0 = none.
+      protocol: BEHRENDT drops components of 7 voxels or fewer, NONE drops none.
 
     Returns:
       [D, H, W] bool.
     """
     binary = (anomaly_map > np.float32(threshold)) & eroded
-    return remove_small_components(binary, max_component)
+    return binary if protocol is Protocol.NONE else remove_small_components(binary)
 
 
 def remove_small_components(binary: np.ndarray, max_size: int = 7) -> np.ndarray:
