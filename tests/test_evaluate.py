@@ -87,7 +87,7 @@ def test_sets_of_other_stores(
     results = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
 
     healthy = results["healthy"]
-    assert healthy["verdict"].startswith("0 annotated lesion volumes")
+    assert healthy["verdict"].startswith("No annotated lesions: there are no")
     assert healthy["healthy_reconstruction"]["l1_brain"] > 0
     assert "ap_pooled" not in healthy["scorers"]["smoke"]
 

@@ -165,7 +165,7 @@ def _compare(
 def _verdict(comparison: Mapping[str, Any]) -> str:
     count = comparison["num_subjects"]
     if not count:
-        return "No annotated lesions: only healthy scans were measured."
+        return "No annotated lesions: there are no voxel figures."
     if "interval" not in comparison:
         return f"{count} annotated lesion volumes: single cases, no ranking."
     low, high = comparison["interval"]
