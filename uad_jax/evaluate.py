@@ -164,12 +164,7 @@ def _baselines(context: Context) -> list[Scorer]:
     protocol = context.evaluation_set.protocol
     store = context.training_store
     healthy = _healthy(context.select(store, "train"))
-    functions: dict[str, scoring.Baseline] = {
-        "prevalence": baselines.prevalence,
-        "raw intensity": baselines.raw,
-        "inverted intensity": baselines.inverted,
-        "thresh (equalised)": baselines.thresh,
-    }
+    functions: dict[str, scoring.Baseline] = dict(baselines.UNFITTED)
     atlas = baselines.fit_atlas(evaluation.images(context, store, healthy))
     functions["atlas-z"] = functools.partial(baselines.atlas_z, atlas)
     return [

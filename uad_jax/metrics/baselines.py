@@ -137,10 +137,10 @@ def atlas_z(atlas: Atlas, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, z, 0).astype(np.float32)
 
 
-# Those that need no fit, in the order of the tables.
+# Those that need no fit, by their names in the tables and in this order.
 UNFITTED: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "prevalence": prevalence,
-    "raw": raw,
-    "inverted": inverted,
-    "thresh": thresh,
+    "raw intensity": raw,
+    "inverted intensity": inverted,
+    "thresh (equalised)": thresh,
 }
