@@ -291,7 +291,10 @@ def _generate(
         workers = _available_cores()
     workers = min(workers, len(entries))
     bar = tqdm.tqdm(
-        total=len(entries), desc="cohort", unit="subject", disable=not progress
+        total=len(entries),
+        desc="cohort",
+        unit="subject",
+        disable=None if progress else True,  # None: on a terminal only
     )
     with bar:
         if workers <= 1:
