@@ -113,7 +113,9 @@ def test_fault_B35_prepare_refuses_a_copy_in_train_and_test(
 ) -> None:
     copy = (source.parent / "a.nii.gz").read_bytes()
     (source.parent / "c.nii.gz").write_bytes(copy)
-    with pytest.raises(ValueError, match="the same image as a, c, in test and train"):
+    with pytest.raises(
+        ValueError, match="the same image is given for a, c, in test and train"
+    ):
         prepare.prepare(str(source), tmp_path / "store", "tiny", workers=0)
     assert not (tmp_path / "store").exists()
 

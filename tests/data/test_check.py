@@ -255,7 +255,7 @@ def test_fault_B35_copy_in_train_and_test_is_an_error(tmp_path: pathlib.Path) ->
         scans.subject(tmp_path, "c", 1, split="val"),
     ]
     (error,) = _of(check.check(subjects), Severity.ERROR)
-    assert "the same image as a, b, in test and train" in error.message
+    assert "the same image is given for a, b, in test and train" in error.message
     same = dataclasses.replace(subjects[1], split="train")
     problems = check.check([subjects[0], same, subjects[2]])
     assert not check.has_errors(problems)

@@ -144,7 +144,9 @@ def test_fault_B35_same_image_in_train_and_test_is_an_error() -> None:
         _subject("c", split="test"),
     ]
     splits.check_duplicates(volumes, {"a": "1", "b": "2", "c": "3"})
-    with pytest.raises(ValueError, match="same image as a, c, in test and train"):
+    with pytest.raises(
+        ValueError, match="same image is given for a, c, in test and train"
+    ):
         splits.check_duplicates(volumes, {"a": "1", "b": "2", "c": "1"})
     errors, warnings = splits.duplicates(volumes, {"a": "1", "b": "1", "c": "3"})
     assert errors == []

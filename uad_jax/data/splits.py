@@ -141,7 +141,7 @@ def duplicates(
         }
         leaks = sorted(pair for pair in pairs if " and " in pair)
         kept = len({volume.patient for volume in group}) == 1
-        text = f"the same image as {', '.join(names)}"
+        text = f"the same image is given for {', '.join(names)}"
         if leaks and not kept:
             errors.append(
                 f"{text}, in {'; '.join(leaks)}. Remove all but one, or give them "
