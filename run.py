@@ -274,7 +274,7 @@ def main(argv: list[str]) -> int | None:
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if _DEBUG.value:
             raise
-        sys.exit(f"{type(error).__name__}: {error}\n(--debug shows where.)")
+        sys.exit(f"{error}\n(--debug shows where in the code.)")
 
 
 if __name__ == "__main__":

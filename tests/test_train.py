@@ -60,8 +60,10 @@ def test_a_run_leaves_checkpoints_metrics_and_descriptions(
         "env.json",
         "data_fingerprint.json",
         "metrics.jsonl",
+        "parameters.txt",
         "tb",
     }
+    assert "net/gain" in (finished / "parameters.txt").read_text()
     lines = writer.read_metrics(finished)
     trained = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in trained] == list(range(1, 9))
@@ -76,6 +78,15 @@ def test_a_run_leaves_checkpoints_metrics_and_descriptions(
     data = json.loads((finished / "data_fingerprint.json").read_text())
     assert data["licences"] == ["synthetic"]
     assert sorted(data["subjects"]) == ["train-0", "train-1", "train-2"]
+
+
+def test_a_run_shorter_than_log_every_still_logs_its_last_step(
+    store: pathlib.Path, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    config = runs.scale_config(store, **{"train.log_every": 100})
+    train.train(config, tmp_path / "run", mesh=mesh1)
+    lines = writer.read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "train/loss" in line] == [8]
 
 
 def test_the_loss_falls(finished: pathlib.Path) -> None:

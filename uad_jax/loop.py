@@ -273,7 +273,8 @@ class Reporter:
                 )
         self._meter.add(scalars)
         self._bar.advance(self._run.programs.steps_per_call)
-        if step % self._run.config.train.log_every == 0:
+        config = self._run.config
+        if step % config.train.log_every == 0 or step >= config.total_steps:
             metrics = self._meter.line() | {"perf/flops_per_slice": self._flops}
             self._writer.write(step, metrics)
             self._bar.show(step, metrics)

@@ -27,7 +27,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "dice_ceiling_pooled",
-        "Dice ceiling",
+        "Dice ceiling, pooled",
         "best pooled Dice over all thresholds, chosen on the test set itself: an upper "
         "bound, not a result",
     ),

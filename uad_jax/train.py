@@ -28,6 +28,7 @@ from uad_jax.types import Batch, ModelState, TrainState
 
 EXIT_PREEMPTED = 143  # status of a process that a signal stopped after it saved
 CHECKPOINTS = "checkpoints"
+PARAMETERS = "parameters.txt"
 SHAPES = "shapes.json"  # what is needed to rebuild the model without the data
 
 _VALIDATION_SEED = 0  # not the run's: losses of different seeds compare
@@ -300,9 +301,10 @@ def _first_state(run: loop.Run, method: Method) -> tuple[TrainState, int, loop.R
         )
     if distributed.is_main():
         overview = parameter_overview.get_parameter_overview(state.model.params)
-        logging.info(
-            "%s: %s, to step %d.\n%s", run.workdir, origin, config.total_steps, overview
-        )
+        (run.workdir / PARAMETERS).write_text(f"{overview}\n", encoding="utf-8")
+        total = overview.rstrip().splitlines()[-1]
+        logging.info("%s: %s, to step %d.", run.workdir, origin, config.total_steps)
+        logging.info("Parameters: %s; by layer in %s.", total, PARAMETERS)
     return state, start, record
 
 
