@@ -89,6 +89,8 @@ def calibrate(
         return False
     try:
         for context, scorer in evaluation.opened(config, workdir, None, None, progress):
+            if context.calibration_path.exists():
+                continue  # of this very step: fixed before, perhaps with baselines
             if not _healthy(context.select(context.training_store, "val")):
                 logging.warning("No healthy validation scans: no thresholds yet.")
                 return False
