@@ -3,8 +3,9 @@
 Paper:     Baur et al. 2021 (the network); the settings are ours
 Command:   python run.py demo [--quick]
 Hardware:  two CPU cores
-Time:      about 2.5 minutes of training; `quick` about 15 seconds
-Expected:  not yet measured
+Time:      193 s in all with a cold cache, of which 110 s of training
+Expected:  AP pooled .227 on the demo's 21 synthetic lesion volumes (raw intensity .200,
+           equalised intensity .347), seed 0
 """
 
 from configs import _parts
