@@ -13,7 +13,7 @@ def test_folders_of_the_machine_are_cut_off() -> None:
         "data": {"store": "/home/someone/stores/ixi", "modalities": "t1,t2"},
         "source": "configs/autoencoder.py:variant=vae,cpu",
         "train": {"warm_start": [{"workdir": "/scratch/run-1", "step": -1}]},
-        "xla_flags": "--a=-b --xla_dump_to=/tmp/dump --c",
+        "xla_flags": "--a=-b --xla_dump_to=/scratch/dump --c",
         "licence": "CC BY; https://example.org/terms",
     }
     assert results.without_folders(config) == {
