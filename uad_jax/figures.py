@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 
 _DPI = 110
-_TRUTH = "#21d07a"
-_FOUND = "#ff3b30"
+TRUTH_COLOUR = "#21d07a"
+FOUND_COLOUR = "#ff3b30"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def case_panels(cases: Sequence[Case], map_limit: float) -> bytes:
         _draw_case(row, case, map_limit)
     for axis, name in zip(axes[0], columns, strict=True):
         axis.set_title(name, fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_case(row: Sequence[Axes], case: Case, map_limit: float) -> None:
@@ -105,19 +105,26 @@ def _draw_case(row: Sequence[Axes], case: Case, map_limit: float) -> None:
         interpolation="nearest",
     )
     row[3].imshow(image, **gray)
-    _tint(row[3], radiological(case.found[z]), _FOUND)
+    tint(row[3], radiological(case.found[z]), FOUND_COLOUR)
     row[4].imshow(image, **gray)
     if case.lesion is None:
         row[4].text(2, 10, "not annotated", color="white", fontsize=8)
         return
     truth = radiological(case.lesion[z])
-    _tint(row[4], truth, _TRUTH)
+    tint(row[4], truth, TRUTH_COLOUR)
     for axis in (row[2], row[3]):
         if truth.any():
-            axis.contour(truth, levels=[0.5], colors=_TRUTH, linewidths=0.8)
+            axis.contour(truth, levels=[0.5], colors=TRUTH_COLOUR, linewidths=0.8)
 
 
-def _tint(axis: Axes, mask: np.ndarray, colour: str) -> None:
+def tint(axis: Axes, mask: np.ndarray, colour: str) -> None:
+    """Lays a half-transparent colour over the picture of an axis.
+
+    Args:
+      axis: Where to draw.
+      mask: [height, width] bool, already turned for display.
+      colour: Anything matplotlib understands, such as `FOUND_COLOUR`.
+    """
     layer = np.zeros((*mask.shape, 4), np.float32)
     layer[mask] = matplotlib.colors.to_rgba(colour, 0.55)
     axis.imshow(layer, interpolation="nearest")
@@ -146,10 +153,11 @@ def curves(
         axis.set_xscale("log")
     if series:
         axis.legend(fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Renders a figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
