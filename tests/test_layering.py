@@ -18,6 +18,7 @@ FLOORS = {
     "uad_jax.environment": 0,
     "uad_jax.integrity": 0,
     "uad_jax.leaves": 0,
+    "uad_jax.segmentations": 0,
     "uad_jax.ops": 1,
     "uad_jax.nn": 2,
     "uad_jax.data": 2,
