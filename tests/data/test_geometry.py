@@ -233,3 +233,12 @@ def test_wrong_shapes_and_rotated_grids_are_errors() -> None:
         geometry.to_native(np.zeros((4, 4, 4)), place)
     with pytest.raises(ValueError, match="storage order"):
         geometry.to_grid(np.zeros((4, 4, 5)), place, (4, 4, 4))
+
+
+def test_voxel_ml_is_that_of_the_grid_not_of_the_scan() -> None:
+    scan = Geometry(
+        native_shape=(10, 10, 10),
+        native_affine=np.diag([-0.9, 0.9, 3.0, 1.0]),
+        grid_to_native=geometry.box_transform((0, 0, 0), (2 / 0.9, 2 / 0.9, 2 / 3)),
+    )
+    assert geometry.voxel_ml(scan) == pytest.approx(0.008)

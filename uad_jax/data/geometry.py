@@ -52,6 +52,12 @@ def spacing(affine: np.ndarray) -> Triple:
     return float(x), float(y), float(z)
 
 
+def voxel_ml(geometry: Geometry) -> float:
+    """Volume of one voxel of the model grid in millilitres."""
+    edges = (geometry.native_affine @ geometry.grid_to_native)[:3, :3]
+    return float(abs(np.linalg.det(edges))) / 1000.0
+
+
 def box_transform(start: Triple, step: Triple) -> np.ndarray:
     """Grid index to source index for samples at start + step * index, [4, 4]."""
     transform = np.diag([*step, 1.0])
