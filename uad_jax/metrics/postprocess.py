@@ -150,11 +150,32 @@ def remove_small_components(binary: np.ndarray, max_size: int = 7) -> np.ndarray
     Returns:
       [D, H, W] bool.
     """
-    binary = np.ascontiguousarray(binary, bool)
+    binary = np.asarray(binary, bool)
     if max_size < 1 or not binary.any():
         return binary
-    components = cc3d.connected_components(binary, connectivity=26)
-    sizes = np.bincount(components.ravel())
+    labels, _ = components(binary)
+    sizes = np.bincount(labels.ravel())
     keep = sizes > max_size
     keep[0] = False
-    return keep[components]
+    return keep[labels]
+
+
+def components(binary: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels the 26-connected components: voxels join over faces, edges and corners.
+
+    Args:
+      binary: [D, H, W] bool.
+
+    Returns:
+      Labels [D, H, W] of an unsigned integer, 0 outside and 1 to n, and n.
+
+    Raises:
+      ValueError: If the array is not a volume.
+    """
+    if binary.ndim != 3:
+        raise ValueError(f"Expected a volume [D, H, W], found {binary.shape}.")
+    contiguous = np.ascontiguousarray(binary, bool)
+    labels, number = cc3d.connected_components(
+        contiguous, connectivity=26, return_N=True
+    )
+    return labels, int(number)
