@@ -126,6 +126,99 @@ def test_random_permutation_is_near_scipy() -> None:
     assert found == statistics.paired_permutation(values, zero)
 
 
+def test_values_of_a_unit_are_averaged_by_hand() -> None:
+    nan = float("nan")
+    values = {"b1": 4.0, "a1": 1.0, "a2": 2.0, "c1": nan, "b2": nan, "a3": 6.0}
+    units = {"a1": "A", "a2": "A", "a3": "A", "b1": "B", "b2": "B", "c1": "C", "z": "Z"}
+    found = statistics.by_unit(values, units)
+    assert list(found) == ["A", "B", "C"]
+    assert (found["A"], found["B"]) == (3.0, 4.0)
+    assert np.isnan(found["C"])
+    assert statistics.by_unit({}, units) == {}
+    with pytest.raises(ValueError, match="1 volumes have no unit: b1"):
+        statistics.by_unit(
+            values, {name: u for name, u in units.items() if name != "b1"}
+        )
+
+
+def test_where_every_volume_is_its_own_unit_nothing_changes() -> None:
+    values = _values(9)
+    assert statistics.by_unit(values, {name: name for name in values}) == values
+    bins, outside = _histograms(9)
+    found = statistics.sum_by_unit(bins, outside, sorted(values))
+    np.testing.assert_array_equal(found[0], bins)
+    np.testing.assert_array_equal(found[1], outside)
+
+
+def test_copies_of_a_patient_do_not_narrow_the_interval() -> None:
+    values = _values(12)
+    copies = {f"{name}-{n}": v for name, v in values.items() for n in range(5)}
+    units = {name: name.split("-")[0] for name in copies}
+    honest = statistics.bootstrap_mean(statistics.by_unit(copies, units))
+    assert honest == pytest.approx(statistics.bootstrap_mean(values))
+    naive = statistics.bootstrap_mean(copies)
+    assert naive.high - naive.low < 0.6 * (honest.high - honest.low)
+
+
+def test_histograms_of_a_unit_are_summed_by_hand() -> None:
+    bins = np.arange(12).reshape(3, 2, 2)
+    outside = np.array([[1, 10], [2, 20], [4, 40]], np.int32)
+    found, found_outside = statistics.sum_by_unit(bins, outside, ["q", "p", "q"])
+    assert found.tolist() == [[[4, 5], [6, 7]], [[8, 10], [12, 14]]]
+    assert found_outside.tolist() == [[2, 20], [5, 50]]
+    with pytest.raises(ValueError, match=r"3 histograms, 3 outside counts and 2 units"):
+        statistics.sum_by_unit(bins, outside, ["q", "p"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_summed_histograms_equal_a_loop(seed: int) -> None:
+    bins, outside = _histograms(20, seed)
+    units = [f"p{n}" for n in np.random.default_rng(seed).integers(0, 12, 20)]
+    found, found_outside = statistics.sum_by_unit(bins, outside, units)
+    for row, unit in enumerate(sorted(set(units))):
+        chosen = [n for n in range(20) if units[n] == unit]
+        np.testing.assert_array_equal(found[row], sum(bins[n] for n in chosen))
+        np.testing.assert_array_equal(
+            found_outside[row], sum(outside[n] for n in chosen)
+        )
+
+
+def test_holm_by_hand() -> None:
+    # 4 x 0.01, 3 x 0.02, 2 x 0.04; 0.05 may not fall below the 0.08 before it.
+    found = statistics.holm({"d": 0.05, "b": 0.02, "a": 0.01, "c": 0.04})
+    assert list(found) == ["d", "b", "a", "c"]
+    expected = {"a": 0.04, "b": 0.06, "c": 0.08, "d": 0.08}
+    assert found == pytest.approx(expected)
+    assert statistics.holm({"a": 0.3, "b": 0.6}) == pytest.approx({"a": 0.6, "b": 0.6})
+    assert statistics.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert statistics.holm({}) == {}
+
+
+def test_holm_leaves_nan_out_of_the_count() -> None:
+    found = statistics.holm({"a": 0.02, "b": float("nan"), "c": 0.5})
+    assert (found["a"], found["c"]) == (0.04, 0.5)
+    assert np.isnan(found["b"])
+    with pytest.raises(ValueError, match=r"in \[0, 1\], found .*1\.5"):
+        statistics.holm({"a": 1.5})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_holm_is_the_closed_test_of_bonferroni(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    p_values = {n: float(p) for n, p in enumerate(rng.random(6).round(2) ** 3)}
+    found = statistics.holm(p_values)
+    for key in p_values:
+        # A hypothesis falls when every set of hypotheses that holds it falls.
+        sets = [
+            chosen
+            for size in range(1, 7)
+            for chosen in itertools.combinations(p_values, size)
+            if key in chosen
+        ]
+        worst = max(len(one) * min(p_values[n] for n in one) for one in sets)
+        assert found[key] == pytest.approx(min(worst, 1.0))
+
+
 def test_fault_D9_folds_are_mean_and_sd_with_their_number() -> None:
     folds = [0.30, 0.32, 0.28, 0.31, 0.29]
     found = statistics.summarize(folds)

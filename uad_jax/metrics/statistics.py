@@ -1,17 +1,21 @@
-"""How sure a result is: resampling of subjects, and tests between detectors.
+"""How sure a result is: resampling of patients, and tests between detectors.
 
-The subject is the unit everywhere: voxels and slices of one subject are not
-independent.
+The unit is the patient: voxels, slices and scans of one patient are not independent.
+What is called a subject below is one such unit. Where a patient has several volumes,
+`by_unit` averages their values, or `sum_by_unit` adds their histograms, before
+anything is resampled or permuted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from uad_jax.metrics import accumulators
 
 _CHUNK = 64  # resamplings of histograms held at a time
+
+_Test = TypeVar("_Test", bound=Hashable)
 
 
 class Interval(NamedTuple):
@@ -53,6 +57,61 @@ def summarize(values: Sequence[float] | np.ndarray) -> Summary:
     mean = float(valid.mean()) if len(valid) else float("nan")
     sd = float(valid.std(ddof=1)) if len(valid) > 1 else float("nan")
     return Summary(mean, sd, len(valid), len(every))
+
+
+def by_unit(values: Mapping[str, float], units: Mapping[str, str]) -> dict[str, float]:
+    """Averages the volumes of each unit, usually the patient.
+
+    Args:
+      values: Volume -> value; NaN where the metric does not exist.
+      units: Volume -> its unit; may name more volumes.
+
+    Returns:
+      Unit -> mean over its volumes that are not NaN, NaN if all are; units ascending.
+
+    Raises:
+      ValueError: If a volume has no unit.
+    """
+    lacking = sorted(values.keys() - units.keys())
+    if lacking:
+        raise ValueError(
+            f"{len(lacking)} volumes have no unit: {', '.join(lacking[:5])}. Name the "
+            "patient of every volume."
+        )
+    gathered: dict[str, list[float]] = {units[name]: [] for name in values}
+    for name, value in values.items():
+        gathered[units[name]].append(value)
+    return {unit: summarize(gathered[unit]).mean for unit in sorted(gathered)}
+
+
+def sum_by_unit(
+    bins: np.ndarray, outside: np.ndarray, units: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds the histograms of the volumes of each unit, usually the patient.
+
+    Args:
+      bins: [V, 2, K + 1] counts of each volume.
+      outside: [V, 2] voxels of each volume that are not scored.
+      units: Unit of each volume, V of them.
+
+    Returns:
+      Bins [U, 2, K + 1] and outside [U, 2], a row per unit, units ascending
+      (`sorted(set(units))`), so that two detectors have the same rows.
+
+    Raises:
+      ValueError: If the numbers of volumes differ.
+    """
+    if not len(bins) == len(outside) == len(units):
+        raise ValueError(
+            f"Expected one unit per volume, found {len(bins)} histograms, "
+            f"{len(outside)} outside counts and {len(units)} units."
+        )
+    names, rows = np.unique(np.asarray(units, str), return_inverse=True)
+    summed = np.zeros((len(names), *bins.shape[1:]), bins.dtype)
+    summed_outside = np.zeros((len(names), *outside.shape[1:]), outside.dtype)
+    np.add.at(summed, rows, bins)
+    np.add.at(summed_outside, rows, outside)
+    return summed, summed_outside
 
 
 def bootstrap_weights(num_subjects: int, num_samples: int, seed: int) -> np.ndarray:
@@ -231,6 +290,36 @@ def paired_permutation(
     tolerance = 1e-12 * np.abs(array).sum()
     extreme = int(np.count_nonzero(sums >= abs(array.sum()) - tolerance))
     return (extreme + counted_itself) / (len(signs) + counted_itself)
+
+
+def holm(p_values: Mapping[_Test, float]) -> dict[_Test, float]:
+    """Adjusts the p values of several tests by Holm's step-down method.
+
+    Rejecting where the adjusted value is at most alpha keeps the chance of any false
+    rejection at alpha, whatever the dependence between the tests.
+
+    Args:
+      p_values: Test -> p value in [0, 1]; NaN where there was no test.
+
+    Returns:
+      Test -> adjusted p value, in the order given. NaN stays NaN and is not counted
+      as a test.
+
+    Raises:
+      ValueError: If a p value is outside [0, 1].
+
+    Source: Holm 1979.
+    """
+    wrong = {key: p for key, p in p_values.items() if p < 0 or p > 1}
+    if wrong:
+        raise ValueError(f"Expected p values in [0, 1], found {wrong}.")
+    tests = [key for key, p in p_values.items() if not np.isnan(p)]
+    adjusted = dict(p_values)
+    largest = 0.0
+    for place, key in enumerate(sorted(tests, key=lambda one: p_values[one])):
+        largest = max(largest, (len(tests) - place) * p_values[key])
+        adjusted[key] = min(largest, 1.0)
+    return adjusted
 
 
 def _differences(
