@@ -14,9 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
-from uad_jax.data import examine, splits
+from uad_jax.data import examine, profile, splits
 from uad_jax.data.examine import Findings, Problem, Reading, Severity
 from uad_jax.data.manifest import SubjectFiles
 
@@ -25,7 +23,6 @@ Progress = Callable[[int, int, str], None]  # subjects done, in all, name of the
 _SERIAL_SECONDS = 3.0  # longer work is worth starting processes for
 _MIN_PEERS = 8  # fewer images of a modality say nothing about an outlier
 _OUTLIER = 5.0  # robust standard deviations; T1 of other scanners stays below 3
-_MIN_SPREAD = 0.03  # of the fingerprint; smaller spreads count as this
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)")
 
 
@@ -101,11 +98,9 @@ def _outliers(
         }
         if len(prints) < _MIN_PEERS:
             continue
-        table = np.stack(list(prints.values()))
-        deviation = np.abs(table - np.median(table, axis=0))
-        spread = np.maximum(1.4826 * np.median(deviation, axis=0), _MIN_SPREAD)
-        scores = np.sqrt(((deviation / spread) ** 2).mean(axis=1))
-        for name, score in zip(prints, scores, strict=True):
+        usual = profile.of(list(prints.values()))
+        for name, found in prints.items():
+            score = usual.distance(found)
             if score > _OUTLIER:
                 yield Problem(
                     severity=Severity.WARNING,

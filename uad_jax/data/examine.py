@@ -12,15 +12,13 @@ import numpy as np
 from absl import logging
 from scipy import ndimage
 
-from uad_jax.data import geometry, nifti
+from uad_jax.data import geometry, nifti, profile
 from uad_jax.data.manifest import SubjectFiles
 
 _STRIPPED = 0.95  # a skull-stripped image has more background than 1 - this
 _BRAIN_ML = (300.0, 3000.0)  # a human brain; children included
 _EROSION_MM = 6.0  # the behrendt protocol: 3 voxels of 2 mm in the axial plane
-_QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 _FEW_VALUES = 20  # an image has more, a map of labels has not
-_MEDIAN = _QUANTILES.index(50)
 
 
 class Severity(enum.Enum):
@@ -274,19 +272,12 @@ def _eroded(
 def _fingerprints(
     arrays: Mapping[str, np.ndarray], brain: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Quantiles of the brain about the median, relative to their own range."""
-    result = {}
-    for name, data in arrays.items():
-        values = data[brain] if brain is not None else data[data != 0]
-        values = values[:: max(1, values.size // 200_000)]
-        if values.size < 100:
-            continue
-        quantiles = np.percentile(values, _QUANTILES)
-        scale = quantiles[-2] - quantiles[1]
-        if scale > 0:
-            shape = (quantiles - quantiles[_MEDIAN]) / scale
-            result[name] = np.delete(shape, _MEDIAN)
-    return result
+    """Modality -> fingerprint of the brain; images without one are left out."""
+    found = {
+        name: profile.fingerprint(data[data != 0 if brain is None else brain])
+        for name, data in arrays.items()
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @contextlib.contextmanager
