@@ -24,16 +24,31 @@ def _counts(volumes: list[VoxelScores], edges: np.ndarray) -> VoxelCounts:
     return found
 
 
-def test_with_a_bin_per_distinct_score_all_is_exact() -> None:
-    volumes = [_volume(seed, decimals=0) for seed in range(3)]
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_bin_per_distinct_score_all_is_exact(seed: int, decimals: int) -> None:
+    volumes = [_volume(3 * seed + n, decimals) for n in range(3)]
     edges = np.unique(np.concatenate([one.scores for one in volumes]))
     found = _counts(volumes, edges)
     ranking = voxel.rank(voxel.pool(volumes))
-    assert found.average_precision() == pytest.approx(voxel.average_precision(ranking))
-    assert found.auroc() == pytest.approx(voxel.auroc(ranking))
-    value, threshold = found.best_dice()
-    assert (value, threshold) == pytest.approx(voxel.best_dice(ranking))
+    precision, area = voxel.average_precision(ranking), voxel.auroc(ranking)
+    assert found.average_precision() == pytest.approx(precision, abs=1e-12)
+    assert found.auroc() == pytest.approx(area, abs=1e-12)
+    assert found.best_dice() == voxel.best_dice(ranking)
     assert found.num_volumes == 3
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_whole_brain_may_be_the_best_prediction(constant: bool) -> None:
+    rng = np.random.default_rng(7)
+    scores = np.full(50, 2.5) if constant else np.round(rng.normal(size=50), 1)
+    lesion = rng.random(50) < 0.6
+    lesion[scores.argmin()] = True
+    one = VoxelScores(scores.astype(np.float32), lesion, 1, 2)
+    ranking = voxel.rank(one)
+    value, threshold = _counts([one], np.unique(one.scores)).best_dice()
+    assert value == voxel.best_dice(ranking)[0]
+    assert voxel.confusion_at(ranking, threshold) == voxel.confusion_at(ranking, -99)
 
 
 def test_with_quantile_edges_all_is_close_and_ap_is_not_high() -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import skimage.metrics
 import sklearn.metrics
 
 from uad_jax.metrics import voxel
@@ -90,6 +91,64 @@ def test_best_dice_equals_brute_force_and_its_threshold_attains_it(
     assert voxel.confusion_at(ranking, threshold) == counts
 
 
+def _slow(
+    scores: np.ndarray, lesion: np.ndarray, outside_lesion: int, outside_normal: int
+) -> tuple[float, float, float]:
+    """AP, AUROC and best Dice from their definitions, voxel by voxel."""
+    lowest = float("-inf")
+    rows = [(float(s), bool(t)) for s, t in zip(scores, lesion, strict=True)]
+    rows += [(lowest, True)] * outside_lesion + [(lowest, False)] * outside_normal
+    positive = [score for score, truth in rows if truth]
+    negative = [score for score, truth in rows if not truth]
+    precision = best = before = 0.0
+    for level in sorted({score for score, _ in rows}, reverse=True):
+        tp = sum(score >= level for score in positive)
+        fp = sum(score >= level for score in negative)
+        precision += (tp - before) / len(positive) * tp / (tp + fp)
+        if level > lowest:  # the rest is never predicted
+            best = max(best, 2 * tp / (tp + fp + len(positive)))
+        before = tp
+    won = sum((a > b) + 0.5 * (a == b) for a in positive for b in negative)
+    return precision, won / (len(positive) * len(negative)), best
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+@pytest.mark.parametrize("seed", range(5))
+def test_ap_auroc_and_best_dice_equal_python_loops(seed: int, decimals: int) -> None:
+    rng = np.random.default_rng(50 + seed)
+    size = int(rng.integers(5, 80))
+    lesion = rng.random(size) < rng.uniform(0.05, 0.9)
+    lesion[:2] = False, True
+    scores = np.round(rng.normal(size=size) + lesion * rng.normal(), decimals)
+    outside = [int(n) for n in rng.integers(0, 6, size=2)]
+    ranking = _ranking(scores, lesion, *outside)
+    precision, area, best = _slow(scores.astype(np.float32), lesion, *outside)
+    assert voxel.average_precision(ranking) == pytest.approx(precision, abs=1e-12)
+    assert voxel.auroc(ranking) == pytest.approx(area, abs=1e-12)
+    assert voxel.best_dice(ranking)[0] == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_best_dice_and_ratios_equal_scikit_learn(seed: int) -> None:
+    scores, lesion = _random(seed, 1)
+    ranking = _ranking(scores, lesion)
+    value, threshold = voxel.best_dice(ranking)
+    precision, recall, _ = sklearn.metrics.precision_recall_curve(lesion, scores)
+    total = np.maximum(precision + recall, 1e-12)
+    assert value == pytest.approx((2 * precision * recall / total).max(), abs=1e-12)
+    predicted = scores > np.float32(threshold)
+    counts = voxel.confusion_at(ranking, threshold)
+    for ours, theirs in [
+        (voxel.dice, sklearn.metrics.f1_score),
+        (voxel.precision, sklearn.metrics.precision_score),
+        (voxel.recall, sklearn.metrics.recall_score),
+    ]:
+        assert ours(counts) == pytest.approx(theirs(lesion, predicted), abs=1e-12)
+    false = int((predicted & ~lesion).sum())
+    assert voxel.false_positive_rate(counts) == false / int((~lesion).sum())
+    assert voxel.false_discovery_rate(counts) == false / int(predicted.sum())
+
+
 def test_confusion_at_is_strict_at_every_score_and_between() -> None:
     scores, lesion = _random(5, 1)
     ranking = _ranking(scores, lesion)
@@ -149,9 +208,42 @@ def test_from_map_counts_what_is_not_scored() -> None:
 
 def test_label_auroc_and_prevalence_by_hand() -> None:
     labels = np.array([True, False, False])
+    scores, lesion = _random(8, 1)
+    expected = sklearn.metrics.roc_auc_score(lesion, scores)
+    assert voxel.label_auroc(scores, lesion) == pytest.approx(expected, abs=1e-12)
     assert voxel.label_auroc(np.array([0.5, 0.2, 0.9]), labels) == 0.5
     one = VoxelScores(np.float32([1, 2, 3]), labels, 2, 5)
     assert voxel.prevalence(one) == pytest.approx(3 / 10)
+
+
+@pytest.mark.parametrize("data_range", [1.0, 255.0])
+def test_psnr_equals_scikit_image(data_range: float) -> None:
+    rng = np.random.default_rng(3)
+    image = (rng.random((4, 6, 5, 2)) * data_range).astype(np.float32)
+    other = image + rng.normal(0, 0.05 * data_range, image.shape).astype(np.float32)
+    expected = skimage.metrics.peak_signal_noise_ratio(
+        image, other, data_range=data_range
+    )
+    assert voxel.psnr(image, other, data_range=data_range) == pytest.approx(expected)
+    mask = rng.random((4, 6, 5, 1)) < 0.4
+    inside = np.broadcast_to(mask, image.shape)
+    expected = skimage.metrics.peak_signal_noise_ratio(
+        image[inside], other[inside], data_range=data_range
+    )
+    found = voxel.psnr(image, other, mask, data_range=data_range)
+    assert found == pytest.approx(expected)
+
+
+def test_psnr_by_hand_and_at_its_ends() -> None:
+    zeros, tenth = np.zeros((2, 3)), np.full((2, 3), 0.1)
+    assert voxel.psnr(zeros, tenth) == pytest.approx(20.0)
+    assert voxel.psnr(zeros, tenth, data_range=10.0) == pytest.approx(40.0)
+    assert voxel.psnr(tenth, tenth) == float("inf")
+    assert np.isnan(voxel.psnr(zeros, tenth, np.zeros((2, 3), bool)))
+    with pytest.raises(ValueError, match="one shape"):
+        voxel.psnr(zeros, tenth[:1])
+    with pytest.raises(ValueError, match="data_range above 0"):
+        voxel.psnr(zeros, tenth, data_range=0.0)
 
 
 def test_fault_B33_lesion_outside_the_mask_is_counted_and_costs_recall() -> None:

@@ -92,17 +92,19 @@ class VoxelCounts:
         """Largest pooled Dice over the edges, and its edge.
 
         Returns:
-          Dice and threshold, to be used as `score > threshold`; (NaN, NaN) without
-          lesion voxels.
+          Dice and threshold, to be used as `score > threshold`; of equal Dice the
+          highest. Where the whole eroded brain is the best prediction, the threshold
+          is the lowest float32. (NaN, NaN) without lesion voxels.
         """
         total = self.bins[1].sum() + self.outside[1]
         if not total:
             return float("nan"), float("nan")
-        # Above edge i lie the bins after i.
-        fp, tp = np.cumsum(self.bins[:, ::-1], axis=1)[:, -2::-1]
+        # Above edge i lie the bins after i, above the lowest float all of them.
+        thresholds = np.append(self.edges[::-1], np.finfo(np.float32).min)
+        fp, tp = np.cumsum(self.bins[:, ::-1], axis=1)
         values = 2 * tp / (total + tp + fp)
-        best = len(values) - 1 - int(np.argmax(values[::-1]))
-        return float(values[best]), float(self.edges[best])
+        best = int(np.argmax(values))
+        return float(values[best]), float(thresholds[best])
 
 
 def histogram(voxels: VoxelScores, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

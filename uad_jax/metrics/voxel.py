@@ -285,6 +285,43 @@ def false_discovery_rate(counts: Confusion) -> float:
     return _ratio(counts.fp, counts.fp + counts.tp)
 
 
+def psnr(
+    image: np.ndarray,
+    reconstruction: np.ndarray,
+    mask: np.ndarray | None = None,
+    *,
+    data_range: float = 1.0,
+) -> float:
+    """Peak signal-to-noise ratio of a reconstruction.
+
+    Args:
+      image: Any shape, in the units of `data_range`.
+      reconstruction: Of the same shape.
+      mask: Voxels that count, bool, of the image's shape or broadcast to it (a brain
+        mask [D, H, W, 1] over channels); None = all.
+      data_range: Largest minus smallest possible intensity, > 0.
+
+    Returns:
+      10 log10(data_range^2 / mean squared error) in dB, summed in float64; infinity
+      for equal images, NaN where no voxel counts.
+
+    Raises:
+      ValueError: If the shapes differ or `data_range` is not above 0.
+    """
+    if image.shape != reconstruction.shape or not data_range > 0:
+        raise ValueError(
+            "Expected two images of one shape and a data_range above 0, found "
+            f"{image.shape}, {reconstruction.shape} and {data_range}."
+        )
+    squared = (np.asarray(image, np.float64) - reconstruction) ** 2
+    if mask is not None:
+        squared = squared[np.broadcast_to(mask, squared.shape)]
+    if not squared.size:
+        return float("nan")
+    error = float(squared.mean())
+    return float(10 * np.log10(data_range**2 / error)) if error else float("inf")
+
+
 def curves(ranking: Ranking, num_points: int = 512) -> dict[str, np.ndarray]:
     """Traces the curves for a figure, every point exact.
 
