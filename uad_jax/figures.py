@@ -1,20 +1,45 @@
-"""Figures of a report, as PNG bytes. Drawn without a screen."""
+"""Figures of a report, as PNG bytes. Drawn without a screen.
+
+Axial slices are shown as radiologists read them (`radiological`), all of one figure
+with one window, one field of view and one colour scale. Nothing is told by colour
+alone: findings are filled, the truth is outlined, lines differ in their dashes.
+"""
 
 import dataclasses
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+
+from uad_jax.types import Geometry
 
 matplotlib.use("Agg")
 
+# Apart for readers who cannot tell red from green (Okabe and Ito).
+TRUTH_COLOUR = "#3fc1ff"
+FOUND_COLOUR = "#ff5a1f"
+
 _DPI = 110
-TRUTH_COLOUR = "#21d07a"
-FOUND_COLOUR = "#ff3b30"
+_WIDTH = 12.0  # inches, of a figure over the whole page
+_BAR = 0.75  # inches of height for the colour bar
+_MARGIN = 3  # voxels around the brain
+_GALLERY_COLUMNS = 3
+_WHITE: dict[str, Any] = {"color": "white", "fontsize": 9, "fontweight": "bold"}
+_DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (6, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+    (0, (8, 3)),
+)
+_MARKERS = ("o", "D", "s", "^", "v", "P")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +54,7 @@ class Case:
       found: Map above the operating threshold, [D, H, W] bool.
       lesion: Truth, [D, H, W] bool, or None without annotation.
       brain: [D, H, W] bool.
+      geometry: Where the slices lie in the scan, for positions and scale in mm.
     """
 
     title: str
@@ -38,6 +64,15 @@ class Case:
     found: np.ndarray
     lesion: np.ndarray | None
     brain: np.ndarray
+    geometry: Geometry | None = None
+
+
+class _Look(NamedTuple):
+    """What all pictures of a figure share."""
+
+    view: tuple[slice, slice]  # the [x, y] box around every brain
+    gray: dict[str, Any]  # how scans are drawn
+    scale: dict[str, Any]  # how maps are drawn
 
 
 def radiological(plane: np.ndarray) -> np.ndarray:
@@ -50,71 +85,251 @@ def radiological(plane: np.ndarray) -> np.ndarray:
 
 
 def shown_slice(case: Case) -> int:
-    """The axial slice to show: most lesion, else most found, else most brain."""
-    for volume in (case.lesion, case.found, case.brain):
+    """The axial slice to show: most lesion, else most found, else the highest scores.
+
+    The last is the slice with most of the brain's highest-scoring hundredth.
+    """
+    for volume in (case.lesion, case.found):
         if volume is not None and volume.any():
             return int(volume.sum(axis=(1, 2)).argmax())
-    return case.image.shape[0] // 2
+    if not case.brain.any():
+        return case.image.shape[0] // 2
+    limit = np.quantile(case.anomaly_map[case.brain], 0.99)
+    high = case.brain & (case.anomaly_map >= limit)
+    return int(high.sum(axis=(1, 2)).argmax())
 
 
-def case_panels(cases: Sequence[Case], map_limit: float) -> bytes:
+def slice_caption(case: Case, z: int) -> str:
+    """Says which slice is shown, such as "slice 41 of 80, z = -12 mm".
+
+    The position is the scanner's, in the middle of the slice.
+    """
+    depth, width, height = case.image.shape
+    if depth == 1:
+        return ""
+    caption = f"slice {z + 1} of {depth}"
+    if case.geometry is None:
+        return caption
+    middle = np.array([(width - 1) / 2, (height - 1) / 2, z, 1.0])
+    to_world = case.geometry.native_affine @ case.geometry.grid_to_native
+    return f"{caption}, z = {round(float((to_world @ middle)[2]))} mm"
+
+
+def case_panels(
+    cases: Sequence[Case], map_limit: float, *, threshold: float | None = None
+) -> bytes:
     """One row per subject: input, reconstruction, map, overlay, truth.
+
+    A column that no subject fills is left out.
 
     Args:
       cases: Subjects, top to bottom.
-      map_limit: Anomaly value drawn in the brightest colour, the same in all rows.
+      map_limit: Anomaly value drawn in the last colour, the same in all rows.
+      threshold: Operating threshold, marked on the colour bar.
     """
-    columns = ["Input", "Reconstruction", "Anomaly map", "Found (red)", "Truth (green)"]
-    rows = len(cases)
-    figure = Figure(figsize=(2.45 * len(columns), 2.75 * rows + 0.3), dpi=_DPI)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for row, case in zip(axes, cases, strict=True):
-        _draw_case(row, case, map_limit)
-    for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(name, fontsize=10)
+    columns = ["Input", "Reconstruction", "Anomaly map", "Found (filled)"]
+    if all(case.reconstruction is None for case in cases):
+        columns.remove("Reconstruction")
+    if any(case.lesion is not None for case in cases):
+        columns.append("Truth (outlined)")
+    look = _look(cases, map_limit)
+    figure, parts = _page(len(cases), 1, len(columns), look, threshold)
+    for part, case in zip(parts, cases, strict=True):
+        row = part.subplots(1, len(columns), squeeze=False)[0]
+        _draw_case(dict(zip(columns, row, strict=True)), case, look)
+        words = [*case.title.split("\n"), slice_caption(case, shown_slice(case))]
+        caption = " · ".join(word for word in words if word)
+        caption = textwrap.fill(caption, 130)
+        _caption(part, caption, fontsize=11, fontweight="bold")
     return png(figure)
 
 
-def _draw_case(row: Sequence[Axes], case: Case, map_limit: float) -> None:
+def _draw_case(
+    panels: Mapping[str, Axes],
+    case: Case,
+    look: _Look,
+) -> None:
     z = shown_slice(case)
-    image = radiological(case.image[z])
-    for axis in row:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_facecolor("black")
-    gray: dict[str, Any] = {
-        "cmap": "gray",
-        "vmin": 0.0,
-        "vmax": 1.0,
-        "interpolation": "nearest",
-    }
-    row[0].imshow(image, **gray)
-    row[0].text(2, 6, "R", color="white", fontsize=8)
-    row[0].text(image.shape[1] - 7, 6, "L", color="white", fontsize=8)
-    row[0].set_ylabel(f"{case.title}\nslice {z}", fontsize=8)
-    if case.reconstruction is None:
-        row[1].text(0.5, 0.5, "none", color="white", transform=row[1].transAxes)
-    else:
-        row[1].imshow(radiological(case.reconstruction[z]), **gray)
-    row[2].imshow(
-        radiological(case.anomaly_map[z]),
-        cmap="inferno",
-        vmin=min(0.0, float(case.anomaly_map.min())),
-        vmax=map_limit,
-        interpolation="nearest",
+
+    def show(name: str, volume: np.ndarray, **style: Any) -> None:
+        _scan(panels[name], radiological(volume[z][look.view]), case, **style)
+
+    for name, axis in panels.items():
+        axis.set_title(name, fontsize=9)
+        if name not in ("Reconstruction", "Anomaly map"):
+            show(name, case.image, **look.gray)
+    _mark_sides(panels["Input"], case)
+    show("Anomaly map", case.anomaly_map, **look.scale)
+    tint(panels["Found (filled)"], radiological(case.found[z][look.view]), FOUND_COLOUR)
+    if case.reconstruction is not None:
+        show("Reconstruction", case.reconstruction, **look.gray)
+    elif "Reconstruction" in panels:
+        _say(panels["Reconstruction"], "none")
+    if case.lesion is not None:
+        for name in ("Truth (outlined)", "Found (filled)", "Anomaly map"):
+            outline(panels[name], radiological(case.lesion[z][look.view]), TRUTH_COLOUR)
+    elif "Truth (outlined)" in panels:
+        _say(panels["Truth (outlined)"], "not annotated")
+
+
+def gallery(
+    cases: Sequence[Case], map_limit: float, *, threshold: float | None = None
+) -> bytes:
+    """Volumes by their score, highest first: each its input and the map laid over it.
+
+    Args:
+      cases: Ranked subjects; `Case.title` says who it is and how high the score is.
+      map_limit: Anomaly value drawn in the last colour, the same for all.
+      threshold: Operating threshold, marked on the colour bar; what is found at it
+        is outlined.
+    """
+    look = _look(cases, map_limit)
+    figure, parts = _page(
+        -(-len(cases) // _GALLERY_COLUMNS), _GALLERY_COLUMNS, 2, look, threshold
     )
-    row[3].imshow(image, **gray)
-    tint(row[3], radiological(case.found[z]), FOUND_COLOUR)
-    row[4].imshow(image, **gray)
-    if case.lesion is None:
-        row[4].text(2, 10, "not annotated", color="white", fontsize=8)
+    for rank, (part, case) in enumerate(zip(parts, cases, strict=False), start=1):
+        _draw_ranked(part.subplots(1, 2), case, look)
+        lines = [
+            *f"{rank}. {case.title}".split("\n"),
+            slice_caption(case, shown_slice(case)),
+        ]
+        wrapped = (textwrap.fill(line, 54) for line in lines if line)
+        _caption(part, "\n".join(wrapped), fontsize=9)
+    return png(figure)
+
+
+def _draw_ranked(
+    pair: Sequence[Axes],
+    case: Case,
+    look: _Look,
+) -> None:
+    z = shown_slice(case)
+    image, values, found = (
+        radiological(volume[z][look.view])
+        for volume in (case.image, case.anomaly_map, case.found)
+    )
+    for axis in pair:
+        _scan(axis, image, case, **look.gray)
+    _mark_sides(pair[0], case)
+    lowest, highest = look.scale["vmin"], look.scale["vmax"]
+    share = (values - lowest) / (highest - lowest)
+    opacity = np.clip(1.5 * share - 0.3, 0.0, 0.7)  # low scores hide nothing
+    _scan(pair[1], values, case, **look.scale, alpha=opacity)
+    outline(pair[1], found, FOUND_COLOUR)
+
+
+def _caption(part: SubFigure, text: str, **style: Any) -> None:
+    """Writes above the pictures; a subject's name is no formula."""
+    part.suptitle(text, x=0.008, ha="left", parse_math=False, **style)
+
+
+def _page(
+    rows: int, columns: int, pictures: int, look: _Look, threshold: float | None
+) -> tuple[Figure, list[SubFigure]]:
+    """An empty figure of rows x columns parts of some pictures, over a colour bar."""
+    wide, high = (side.stop - side.start for side in look.view)
+    height = _WIDTH / (columns * pictures) * high / wide + 0.62  # captions
+    figure = Figure(figsize=(_WIDTH, rows * height + _BAR), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    heights = [rows * height, _BAR]
+    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+    above, below = halves[:, 0]
+    _colour_bar(below, look, threshold)
+    return figure, list(above.subfigures(rows, columns, squeeze=False).ravel())
+
+
+def _colour_bar(part: SubFigure, look: _Look, threshold: float | None) -> None:
+    lowest, highest = look.scale["vmin"], look.scale["vmax"]
+    bar = part.colorbar(
+        matplotlib.cm.ScalarMappable(
+            matplotlib.colors.Normalize(lowest, highest), look.scale["cmap"]
+        ),
+        cax=part.subplots(),
+        orientation="horizontal",
+        extend="max",
+    )
+    text = f"anomaly score of all maps; all scans: window 0 to {look.gray['vmax']:.2f}"
+    if threshold is not None and lowest <= threshold <= highest:
+        bar.ax.axvline(threshold, color="white", linewidth=4)
+        bar.ax.axvline(threshold, color="black", linewidth=1.5)
+        text += f"; mark: operating threshold {threshold:.3g}"
+    bar.set_label(text, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _scan(axis: Axes, plane: np.ndarray, case: Case, **style: Any) -> None:
+    """Draws a plane that is turned for display; an image smooth, a map as it is."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_facecolor("black")
+    aspect = 1.0
+    if case.geometry is not None:
+        across, along = _voxel_mm(case.geometry)
+        aspect = along / across
+    axis.imshow(plane, aspect=aspect, **{"interpolation": "nearest", **style})
+
+
+def _mark_sides(axis: Axes, case: Case) -> None:
+    """Says which side is the patient's right, and how long 5 cm are."""
+    if case.image.shape[0] == 1:
+        return  # a picture, which may lie anyhow
+    for x, side in ((0.03, "R"), (0.97, "L")):
+        axis.text(
+            x,
+            0.97,
+            side,
+            transform=axis.transAxes,
+            **_WHITE,
+            va="top",
+            ha="left" if x < 0.5 else "right",
+        )
+    if case.geometry is None:
         return
-    truth = radiological(case.lesion[z])
-    tint(row[4], truth, TRUTH_COLOUR)
-    for axis in (row[2], row[3]):
-        if truth.any():
-            axis.contour(truth, levels=[0.5], colors=TRUTH_COLOUR, linewidths=0.8)
+    length = 50.0 / _voxel_mm(case.geometry)[0]
+    left, right = axis.get_xlim()
+    bottom, top = axis.get_ylim()
+    x, y = left + 0.04 * (right - left), bottom + 0.035 * (top - bottom)
+    axis.plot([x, x + length], [y, y], color="white", linewidth=2)
+    axis.text(x, y + 0.02 * (top - bottom), "5 cm", **_WHITE)
+
+
+def _say(axis: Axes, text: str) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_facecolor("black")
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", **_WHITE)
+
+
+def _look(cases: Sequence[Case], map_limit: float) -> _Look:
+    inside = np.zeros(cases[0].image.shape[1:], bool)
+    lowest, brightest = 0.0, 1.0
+    for case in cases:
+        inside |= case.brain.any(axis=0)
+        lowest = min(lowest, float(case.anomaly_map.min()))
+        if case.brain.any():  # a bright lesion must not drown in white
+            bright = np.quantile(case.image[case.brain], 0.999)
+            brightest = max(brightest, float(bright))
+    sides = []
+    for axis in (0, 1):
+        size = int(inside.shape[axis])
+        places = np.flatnonzero(inside.any(axis=1 - axis))
+        first, last = (places[0], places[-1]) if len(places) else (0, size)
+        start, stop = max(int(first) - _MARGIN, 0), min(int(last) + _MARGIN + 1, size)
+        sides.append(slice(start, stop))
+    highest = map_limit if map_limit > lowest else lowest + 1.0
+    gray = {"cmap": "gray", "vmin": 0.0, "vmax": brightest}
+    return _Look(
+        view=(sides[0], sides[1]),
+        gray={**gray, "interpolation": "bilinear"},
+        scale={"cmap": "inferno", "vmin": lowest, "vmax": highest},
+    )
+
+
+def _voxel_mm(geometry: Geometry) -> tuple[float, float]:
+    """Edges of a voxel of the model grid along x and y."""
+    to_world = geometry.native_affine @ geometry.grid_to_native
+    across, along = np.linalg.norm(to_world[:3, :2], axis=0)
+    return float(across), float(along)
 
 
 def tint(axis: Axes, mask: np.ndarray, colour: str) -> None:
@@ -127,7 +342,29 @@ def tint(axis: Axes, mask: np.ndarray, colour: str) -> None:
     """
     layer = np.zeros((*mask.shape, 4), np.float32)
     layer[mask] = matplotlib.colors.to_rgba(colour, 0.55)
-    axis.imshow(layer, interpolation="nearest")
+    axis.imshow(layer, interpolation="nearest", aspect=axis.get_aspect())
+
+
+def outline(axis: Axes, mask: np.ndarray, colour: str) -> None:
+    """Draws the border of a mask along its voxels; nothing for an empty mask.
+
+    Args:
+      axis: Where to draw.
+      mask: [height, width] bool, already turned for display.
+      colour: Anything matplotlib understands, such as `TRUTH_COLOUR`.
+    """
+    if not mask.any():
+        return
+    fine = np.kron(np.pad(mask, 1), np.ones((4, 4)))  # so that corners stay square
+    height, width = fine.shape
+    axis.contour(
+        (np.arange(width) + 0.5) / 4 - 1.5,
+        (np.arange(height) + 0.5) / 4 - 1.5,
+        fine,
+        levels=[0.5],
+        colors=colour,
+        linewidths=1.1,
+    )
 
 
 def curves(
@@ -138,21 +375,59 @@ def curves(
     y_label: str,
     log_x: bool = False,
 ) -> bytes:
-    """Draws one named line per series of (x, y)."""
-    figure = Figure(figsize=(4.6, 3.5), dpi=_DPI)
+    """Draws one named line per series of (x, y); the first is the thickest."""
+    figure = Figure(figsize=(5.4, 4.0), dpi=_DPI)
     figure.set_layout_engine("constrained")
     axis = figure.subplots()
     for index, (name, (x, y)) in enumerate(series.items()):
-        axis.plot(x, y, label=name, linewidth=2.0 if index == 0 else 1.0)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x_label, fontsize=9)
-    axis.set_ylabel(y_label, fontsize=9)
-    axis.tick_params(labelsize=8)
+        dashes = _DASHES[index % len(_DASHES)]
+        width = 1.3 if index else 2.4
+        label = name.replace("$", r"\$")  # a name is no formula
+        axis.plot(x, y, label=label, linewidth=width, linestyle=dashes)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel(x_label, fontsize=10)
+    axis.set_ylabel(y_label, fontsize=10)
+    axis.tick_params(labelsize=9)
     axis.grid(alpha=0.25)
     if log_x:
         axis.set_xscale("log")
     if series:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=8, handlelength=3.2)
+    return png(figure)
+
+
+def volume_scores(groups: Mapping[str, np.ndarray]) -> bytes:
+    """Draws one line of dots per group of volumes: how high each of them scored.
+
+    Args:
+      groups: Name -> volume scores, [n] each, such as healthy validation, healthy
+        and abnormal ones; top to bottom. The bar is the median.
+    """
+    figure = Figure(figsize=(_WIDTH, 0.7 * len(groups) + 1.0), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    axis = figure.subplots()
+    for row, scores in enumerate(groups.values()):
+        ordered = np.sort(scores)
+        spread = (np.arange(len(ordered)) * 0.382) % 0.5 - 0.25  # dots seldom overlap
+        axis.plot(
+            ordered,
+            row + spread,
+            _MARKERS[row % len(_MARKERS)],
+            markersize=6,
+            alpha=0.7,
+            markeredgewidth=0,
+        )
+        if len(ordered):
+            axis.plot([np.median(ordered)] * 2, [row - 0.38, row + 0.38], "k", lw=2.5)
+    axis.set_yticks(
+        range(len(groups)),
+        [f"{name} ({len(scores)})" for name, scores in groups.items()],
+        fontsize=10,
+    )
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.set_xlabel("volume score (bar: median)", fontsize=10)
+    axis.tick_params(axis="x", labelsize=9)
+    axis.grid(axis="x", alpha=0.25)
     return png(figure)
 
 
