@@ -67,7 +67,7 @@ class Case:
     geometry: Geometry | None = None
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What all pictures of a figure share."""
 
     view: tuple[slice, slice]  # the [x, y] box around every brain
@@ -132,7 +132,7 @@ def case_panels(
         columns.remove("Reconstruction")
     if any(case.lesion is not None for case in cases):
         columns.append("Truth (outlined)")
-    look = _look(cases, map_limit)
+    look = common_look(cases, map_limit)
     figure, parts = _page(len(cases), 1, len(columns), look, threshold)
     for part, case in zip(parts, cases, strict=True):
         row = part.subplots(1, len(columns), squeeze=False)[0]
@@ -147,18 +147,18 @@ def case_panels(
 def _draw_case(
     panels: Mapping[str, Axes],
     case: Case,
-    look: _Look,
+    look: Look,
 ) -> None:
     z = shown_slice(case)
 
     def show(name: str, volume: np.ndarray, **style: Any) -> None:
-        _scan(panels[name], radiological(volume[z][look.view]), case, **style)
+        draw_scan(panels[name], radiological(volume[z][look.view]), case, **style)
 
     for name, axis in panels.items():
         axis.set_title(name, fontsize=9)
         if name not in ("Reconstruction", "Anomaly map"):
             show(name, case.image, **look.gray)
-    _mark_sides(panels["Input"], case)
+    mark_sides(panels["Input"], case)
     show("Anomaly map", case.anomaly_map, **look.scale)
     tint(panels["Found (filled)"], radiological(case.found[z][look.view]), FOUND_COLOUR)
     if case.reconstruction is not None:
@@ -183,7 +183,7 @@ def gallery(
       threshold: Operating threshold, marked on the colour bar; what is found at it
         is outlined.
     """
-    look = _look(cases, map_limit)
+    look = common_look(cases, map_limit)
     figure, parts = _page(
         -(-len(cases) // _GALLERY_COLUMNS), _GALLERY_COLUMNS, 2, look, threshold
     )
@@ -201,7 +201,7 @@ def gallery(
 def _draw_ranked(
     pair: Sequence[Axes],
     case: Case,
-    look: _Look,
+    look: Look,
 ) -> None:
     z = shown_slice(case)
     image, values, found = (
@@ -209,12 +209,12 @@ def _draw_ranked(
         for volume in (case.image, case.anomaly_map, case.found)
     )
     for axis in pair:
-        _scan(axis, image, case, **look.gray)
-    _mark_sides(pair[0], case)
+        draw_scan(axis, image, case, **look.gray)
+    mark_sides(pair[0], case)
     lowest, highest = look.scale["vmin"], look.scale["vmax"]
     share = (values - lowest) / (highest - lowest)
     opacity = np.clip(1.5 * share - 0.3, 0.0, 0.7)  # low scores hide nothing
-    _scan(pair[1], values, case, **look.scale, alpha=opacity)
+    draw_scan(pair[1], values, case, **look.scale, alpha=opacity)
     outline(pair[1], found, FOUND_COLOUR)
 
 
@@ -224,7 +224,7 @@ def _caption(part: SubFigure, text: str, **style: Any) -> None:
 
 
 def _page(
-    rows: int, columns: int, pictures: int, look: _Look, threshold: float | None
+    rows: int, columns: int, pictures: int, look: Look, threshold: float | None
 ) -> tuple[Figure, list[SubFigure]]:
     """An empty figure of rows x columns parts of some pictures, over a colour bar."""
     wide, high = (side.stop - side.start for side in look.view)
@@ -238,7 +238,7 @@ def _page(
     return figure, list(above.subfigures(rows, columns, squeeze=False).ravel())
 
 
-def _colour_bar(part: SubFigure, look: _Look, threshold: float | None) -> None:
+def _colour_bar(part: SubFigure, look: Look, threshold: float | None) -> None:
     lowest, highest = look.scale["vmin"], look.scale["vmax"]
     bar = part.colorbar(
         matplotlib.cm.ScalarMappable(
@@ -257,7 +257,7 @@ def _colour_bar(part: SubFigure, look: _Look, threshold: float | None) -> None:
     bar.ax.tick_params(labelsize=8)
 
 
-def _scan(axis: Axes, plane: np.ndarray, case: Case, **style: Any) -> None:
+def draw_scan(axis: Axes, plane: np.ndarray, case: Case, **style: Any) -> None:
     """Draws a plane that is turned for display; an image smooth, a map as it is."""
     axis.set_xticks([])
     axis.set_yticks([])
@@ -269,7 +269,7 @@ def _scan(axis: Axes, plane: np.ndarray, case: Case, **style: Any) -> None:
     axis.imshow(plane, aspect=aspect, **{"interpolation": "nearest", **style})
 
 
-def _mark_sides(axis: Axes, case: Case) -> None:
+def mark_sides(axis: Axes, case: Case) -> None:
     """Says which side is the patient's right, and how long 5 cm are."""
     if case.image.shape[0] == 1:
         return  # a picture, which may lie anyhow
@@ -300,7 +300,8 @@ def _say(axis: Axes, text: str) -> None:
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", **_WHITE)
 
 
-def _look(cases: Sequence[Case], map_limit: float) -> _Look:
+def common_look(cases: Sequence[Case], map_limit: float) -> Look:
+    """The field of view, window and colour scale that pictures side by side share."""
     inside = np.zeros(cases[0].image.shape[1:], bool)
     lowest, brightest = 0.0, 1.0
     for case in cases:
@@ -318,7 +319,7 @@ def _look(cases: Sequence[Case], map_limit: float) -> _Look:
         sides.append(slice(start, stop))
     highest = map_limit if map_limit > lowest else lowest + 1.0
     gray = {"cmap": "gray", "vmin": 0.0, "vmax": brightest}
-    return _Look(
+    return Look(
         view=(sides[0], sides[1]),
         gray={**gray, "interpolation": "bilinear"},
         scale={"cmap": "inferno", "vmin": lowest, "vmax": highest},
