@@ -101,7 +101,7 @@ def test_pictures_of_a_figure_share_window_scale_and_field_of_view() -> None:
     bright.image[2, 4:8, 4:8] = 1.4
     bright.anomaly_map[:] -= 2.0
     bright.brain[:, :, 0] = dim.brain[:, :, 0] = False
-    look = figures._look([dim, bright], map_limit=0.8)
+    look = figures.common_look([dim, bright], map_limit=0.8)
     assert look.gray["vmax"] == pytest.approx(1.4, abs=0.01)
     assert look.scale["vmin"] == bright.anomaly_map.min()
     assert look.scale["vmax"] == 0.8
