@@ -25,6 +25,7 @@ from uad_jax.data import (
     manifest,
     nifti,
     preprocess,
+    recipes,
     sources,
     splits,
 )
@@ -92,12 +93,11 @@ def prepare(
         _check(subjects, reading, workers)
         workers = _announce(subjects, recipe, reading, workers)
     scans = [_source(subject, recipe, reading) for subject in subjects]
-    description = dataclasses.asdict(recipe) | {"law": recipe.law.value}
     with _Progress("prepare") as progress:
         builder.build_from(
             scans,
             store,
-            recipe=description,
+            recipe=recipes.to_json(recipe),
             **key,
             workers=workers,
             progress=progress.show,

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 
 import nibabel as nib
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from uad_jax.data import geometry, nifti, normalise, preprocess
+from uad_jax.data import geometry, nifti, normalise, preprocess, recipes
 
 GRID = preprocess.RECIPES["grid2mm"]
 TINY = dataclasses.replace(GRID, name="tiny", grid=(16, 18, 14))
@@ -434,3 +435,16 @@ def test_recipe_hash_changes_with_every_field() -> None:
 def test_no_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one modality"):
         preprocess.apply(GRID, {})
+
+
+@pytest.mark.parametrize("name", preprocess.RECIPES)
+def test_a_recipe_comes_back_from_json(name: str) -> None:
+    recipe = preprocess.RECIPES[name]
+    stored = json.loads(json.dumps(recipes.to_json(recipe)))
+    assert recipes.from_json(stored) == recipe
+
+
+def test_a_recipe_of_another_version_is_refused() -> None:
+    stored = recipes.to_json(preprocess.RECIPES["grid2mm"])
+    with pytest.raises(ValueError, match=r"'grid2mm' has the fields .*not made by"):
+        recipes.from_json({**stored, "sharpen": 1})

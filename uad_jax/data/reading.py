@@ -96,22 +96,39 @@ def volumes(
 ) -> tuple[Volumes, Labels]:
     """Reads volumes, padded to the store's depth and to `batch_size` volumes."""
     depth, height, width, _ = store.grid
-    shape = (batch_size, depth, height, width)
-    image = np.zeros((*shape, len(channels)), store.dtype)
-    plane = np.zeros(shape, np.uint8)
-    valid = np.zeros(shape[:2], bool)
-    uid = np.full(batch_size, -1, np.int32)
+    plane = np.zeros((batch_size, depth, height, width), np.uint8)
+    image = np.zeros((*plane.shape, len(channels)), store.dtype)
     annotated, abnormal = np.zeros(batch_size, bool), np.zeros(batch_size, bool)
     for row, info in enumerate(infos):
         codes, plane[row, : info.depth] = store.read_volume(info.uid)
         image[row, : info.depth] = codes[..., channels]
-        valid[row, : info.depth] = True
-        uid[row] = info.uid
         annotated[row] = info.annotated
         abnormal[row] = info.label == "abnormal"
-    mask = (plane[..., None] & sources.BRAIN_BIT) != 0
     lesion = (plane & sources.LESION_BIT) != 0
-    host: dict[str, Any] = {"image": image, "mask": mask, "valid": valid, "uid": uid}
-    return Volumes(**host), Labels(
+    rows = [(info.uid, info.depth) for info in infos]
+    return assemble_volumes(image, plane, rows), Labels(
         lesion=lesion, annotated=annotated, abnormal=abnormal
     )
+
+
+def assemble_volumes(
+    image: np.ndarray, plane: np.ndarray, rows: Sequence[tuple[int, int]]
+) -> Volumes:
+    """Makes volumes of what a store holds.
+
+    Args:
+      image: Codes, [B, D, H, W, C]; 0 on padding.
+      plane: [B, D, H, W] uint8: bit 0 brain; 0 on padding.
+      rows: (uid, valid slices) of the first rows; the others are padding.
+
+    Returns:
+      The volumes as host arrays.
+    """
+    valid = np.zeros(plane.shape[:2], bool)
+    uid = np.full(len(plane), -1, np.int32)
+    for row, (number, depth) in enumerate(rows):
+        valid[row, :depth] = True
+        uid[row] = number
+    mask = (plane[..., None] & sources.BRAIN_BIT) != 0
+    host: dict[str, Any] = {"image": image, "mask": mask, "valid": valid, "uid": uid}
+    return Volumes(**host)

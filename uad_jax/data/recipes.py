@@ -4,6 +4,8 @@ import dataclasses
 import enum
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from uad_jax.data import geometry
 
@@ -90,8 +92,32 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """Converts a recipe to plain JSON types."""
+    return dataclasses.asdict(recipe) | {"law": recipe.law.value}
+
+
+def from_json(fields: Mapping[str, Any]) -> Recipe:
+    """Inverts `to_json`.
+
+    Raises:
+      ValueError: If this is not the description of a recipe of this version.
+    """
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if set(fields) != known:
+        raise ValueError(
+            f"The recipe {fields.get('name', '')!r} has the fields "
+            f"{', '.join(sorted(fields))}; expected {', '.join(sorted(known))}. It "
+            "was not made by this version of the code."
+        )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in fields.items()
+    }
+    return Recipe(**values | {"law": Law(fields["law"])})
+
+
 def recipe_hash(recipe: Recipe) -> str:
     """Identifies a recipe by everything that changes its result (16 hex digits)."""
-    fields = dataclasses.asdict(recipe) | {"law": recipe.law.value}
-    text = json.dumps([_VERSION, fields], sort_keys=True)
+    text = json.dumps([_VERSION, to_json(recipe)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
