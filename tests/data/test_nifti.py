@@ -495,3 +495,57 @@ def test_every_error_is_a_nifti_error_and_a_value_error() -> None:
         assert issubclass(kind, nifti.NiftiError)
         assert issubclass(kind, ValueError)
     assert nifti.NiftiError is nifti_parse.NiftiError
+
+
+def _with_odd_place(kind: type = nib.Nifti1Image) -> nib.Nifti1Image:
+    """sform and qform differ, the qform is left-handed, the units are microns."""
+    image = kind(_values(), None)
+    image.header.set_data_dtype(np.int16)
+    image.set_qform(np.diag([-0.9, 0.9, 3.0, 1]) + 1e-3 * np.eye(4, k=3), code=2)
+    image.set_sform(AFFINE, code=4)
+    image.header.set_xyzt_units("micron", "sec")
+    return image
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_map_is_placed_as_the_header_of_its_scan_to_the_last_bit(
+    tmp_path: pathlib.Path, kind: type
+) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    nib.save(_with_odd_place(kind), scan)
+    header, sha256 = nifti.read_header(scan)
+    assert sha256 == nifti.read_image(scan).sha256
+    like = Geometry(native_shape=SHAPE, native_affine=AFFINE, grid_to_native=np.eye(4))
+    written = tmp_path / "map.nii.gz"
+    nifti.write_map(written, _values(), like, header=header, description="a map")
+    found, before = nib.load(written), nib.load(scan)
+    assert type(found) is kind
+    for name in nifti.PLACE:
+        np.testing.assert_array_equal(found.header[name], before.header[name], name)
+    np.testing.assert_array_equal(
+        found.header["pixdim"][:4], before.header["pixdim"][:4]
+    )
+    np.testing.assert_array_equal(found.get_sform(), before.get_sform())
+    np.testing.assert_array_equal(found.get_qform(), before.get_qform())
+    assert (found.get_data_dtype(), found.header["descrip"]) == (np.float32, b"a map")
+    np.testing.assert_array_equal(np.asarray(found.dataobj), _values())
+
+
+def test_a_scan_without_orientation_gets_maps_without(tmp_path: pathlib.Path) -> None:
+    image = nib.Nifti1Image(_values(), None)
+    image.header["pixdim"][1:4] = 2.0
+    nib.save(image, tmp_path / "scan.nii")
+    scan = nifti.read_image(tmp_path / "scan.nii", assume_orientation="RAS")
+    header, _ = nifti.read_header(tmp_path / "scan.nii")
+    nifti.write_map(tmp_path / "map.nii", _values(), scan, header=header)
+    found, _ = nifti.read_header(tmp_path / "map.nii")
+    assert (int(found["sform_code"]), int(found["qform_code"])) == (0, 0)
+    np.testing.assert_array_equal(found["pixdim"][1:4], 2.0)
+
+
+def test_the_same_map_is_the_same_bytes(tmp_path: pathlib.Path) -> None:
+    like = Geometry(native_shape=SHAPE, native_affine=AFFINE, grid_to_native=np.eye(4))
+    for name in ("a", "b"):
+        nifti.write_map(tmp_path / f"{name}.nii.gz", _values(), like)
+    first, second = (tmp_path / f"{name}.nii.gz" for name in "ab")
+    assert nifti.read_header(first)[1] == nifti.read_header(second)[1]

@@ -13,10 +13,16 @@ import nibabel as nib
 import numpy as np
 from absl import logging
 
-from uad_jax.data import geometry, nifti_parse
+from uad_jax.data import geometry, nifti_affine, nifti_parse
 from uad_jax.types import Geometry
 
 MAX_VOXELS = 512**3
+# What a header says of the place of its voxels; `pixdim` too.
+PLACE = (
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "xyzt_units"),
+)
 
 
 NiftiError = nifti_parse.NiftiError
@@ -81,7 +87,7 @@ def read_image(
     """
     path = Path(path)
     image, sha256 = nifti_parse.load(path, max_voxels)
-    affine, notes = _affine(path, image, assume_orientation)
+    affine, notes = nifti_affine.find(path, image, assume_orientation)
     data = _voxels(path, image, frame)
     bad = int(data.size - np.count_nonzero(np.isfinite(data)))
     if bad and not nan_to_zero:
@@ -93,6 +99,25 @@ def read_image(
         data = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)
         notes.append(f"{bad} NaN or infinite voxels were set to 0.")
     return _scan(path, image, data, affine, sha256, notes)
+
+
+def read_header(
+    path: str | os.PathLike[str], *, max_voxels: int = MAX_VOXELS
+) -> tuple[nib.Nifti1Header, str]:
+    """Reads the header of a file as it is stored, for `write_map`.
+
+    Args:
+      path: A .nii or .nii.gz file.
+      max_voxels: As in `read_image`.
+
+    Returns:
+      The header, and the SHA-256 of the file's bytes.
+
+    Raises:
+      NiftiError: The file cannot be used; subclasses say why.
+    """
+    image, sha256 = nifti_parse.load(Path(path), max_voxels)
+    return image.header, sha256
 
 
 def read_mask(
@@ -216,11 +241,13 @@ def write_map(
     like: Geometry | Scan,
     *,
     codes: tuple[int, int] = (1, 1),
+    header: nib.Nifti1Header | None = None,
+    description: str = "",
 ) -> None:
     """Writes a map or mask on the voxels of the scan it belongs to.
 
-    The header is new (no scaling of the source survives). The file appears under
-    its name only when it is complete.
+    The header is new (no scaling of the source survives), but for what `header` says
+    of the place. The file appears under its name only when it is complete.
 
     Args:
       path: A .nii or .nii.gz file.
@@ -228,6 +255,9 @@ def write_map(
         and uint8 are stored as uint8, everything else as float32.
       like: Gives shape and affine; a `Scan` also gives the codes.
       codes: sform and qform codes for a `Geometry`.
+      header: Of the scan (`read_header`): sform, qform and their codes are then the
+        file's own to the last bit, whatever `like` says, and so is the kind of NIfTI.
+      description: For the header, at most 79 ASCII characters.
 
     Raises:
       NiftiError: Wrong shape, non-finite values, or the place cannot be written.
@@ -251,12 +281,11 @@ def write_map(
     name = path.name
     if not name.endswith((".nii", ".nii.gz")):
         raise NiftiError(f"{path}: expected a name ending in .nii or .nii.gz.")
-    image = nib.Nifti1Image(values, like.native_affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(like.native_affine, code=codes[0] or codes[1] or 1)
-    image.set_qform(like.native_affine, code=codes[1] or codes[0] or 1)
-    if not np.allclose(image.get_qform(), like.native_affine, atol=1e-3):
-        image.header["qform_code"] = 0  # a sheared affine fits the sform only
+    if header is None:
+        image = _placed(values, like.native_affine, codes)
+    else:
+        image = _placed_as(values, header)
+    image.header["descrip"] = description.encode("ascii")
     temporary = path.with_name(f".{os.getpid()}-{name}")
     try:
         nib.save(image, temporary)
@@ -267,73 +296,27 @@ def write_map(
         temporary.unlink(missing_ok=True)
 
 
-def _affine(
-    path: Path, image: nib.Nifti1Image, assume: str
-) -> tuple[np.ndarray, list[str]]:
-    """Finds the affine (sform before qform) and says what is odd about it."""
-    header = image.header
-    codes = int(header["sform_code"]), int(header["qform_code"])
-    notes = []
-    if codes == (0, 0):
-        if not assume:
-            raise BadAffine(
-                f"{path}: neither sform nor qform is set, so left and right are "
-                "unknown. Set the orientation in the file, or, if you know it, pass "
-                "for example --assume_orientation=RAS."
-            )
-        affine = _assumed_affine(path, image, assume)
-        notes.append(f"The orientation {assume} was assumed.")
-    else:
-        try:
-            affine = header.get_best_affine().astype(np.float64)
-        except (ValueError, nib.spatialimages.HeaderDataError) as error:
-            raise BadAffine(f"{path}: the qform is invalid ({error}).") from error
-    if not _usable(affine):
-        raise BadAffine(
-            f"{path}: the affine {affine[:3].tolist()} is not finite, not invertible "
-            "or has absurd voxel sizes. Repair the header (sform or qform)."
-        )
-    if min(codes) > 0:
-        difference = float(np.abs(header.get_sform() - header.get_qform()).max())
-        if not difference <= 1e-3:
-            notes.append(
-                f"sform and qform differ by {difference:.3g}; the sform was used."
-            )
-    cosines = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    if np.abs(cosines.T @ cosines - np.eye(3)).max() > 1e-3:
-        notes.append("The affine is sheared; voxels are treated as a box.")
-    edges = geometry.spacing(affine)
-    if min(edges) < 0.1 or max(edges) > 10:
-        shown = " x ".join(f"{edge:.3g}" for edge in edges)
-        notes.append(f"Voxels of {shown} mm are unusual; check the units.")
-    return affine, notes
+def _placed(
+    values: np.ndarray, affine: np.ndarray, codes: tuple[int, int]
+) -> nib.Nifti1Image:
+    """An image whose sform and qform are this affine."""
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=codes[0] or codes[1] or 1)
+    image.set_qform(affine, code=codes[1] or codes[0] or 1)
+    if not np.allclose(image.get_qform(), affine, atol=1e-3):
+        image.header["qform_code"] = 0  # a sheared affine fits the sform only
+    return image
 
 
-def _usable(affine: np.ndarray) -> bool:
-    """Whether an affine is finite, invertible and about the size of a head."""
-    if not np.isfinite(affine).all() or np.abs(affine).max() > 1e9:
-        return False
-    edges = np.array(geometry.spacing(affine))
-    if edges.min() < 1e-4 or edges.max() > 1e5:
-        return False
-    return abs(np.linalg.det(affine[:3, :3] / edges)) > 1e-3
-
-
-def _assumed_affine(path: Path, image: nib.Nifti1Image, assume: str) -> np.ndarray:
-    """Builds an affine from axis codes and voxel sizes, centred on the volume."""
-    try:
-        orientation = nib.orientations.axcodes2ornt(assume.upper())
-        flip = nib.orientations.inv_ornt_aff(orientation, (1, 1, 1))
-    except (ValueError, nib.orientations.OrientationError) as error:
-        raise BadAffine(
-            f"{path}: {assume!r} is no orientation; use three axis codes "
-            "such as 'RAS' or 'LPS'."
-        ) from error
-    affine = np.linalg.inv(flip)
-    affine[:3, :3] *= np.asarray(image.header["pixdim"][1:4], np.float64)
-    centre = (np.array(image.shape[:3], float) - 1) / 2
-    affine[:3, 3] = -affine[:3, :3] @ centre
-    return affine
+def _placed_as(values: np.ndarray, header: nib.Nifti1Header) -> nib.Nifti1Image:
+    """An image whose voxels are where another header says."""
+    two = isinstance(header, nib.Nifti2Header)
+    image = (nib.Nifti2Image if two else nib.Nifti1Image)(values, None)
+    for name in PLACE:
+        image.header[name] = header[name]
+    image.header["pixdim"][:4] = header["pixdim"][:4]  # the first belongs to the qform
+    return image
 
 
 def _voxels(path: Path, image: nib.Nifti1Image, frame: int | None) -> np.ndarray:
