@@ -1,0 +1,334 @@
+"""What a comparison reads: the results of runs, or of maps made by another tool."""
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uad_jax import segmentations, writer
+from uad_jax import workdir as workdir_lib
+
+_SHOWN = 5  # names listed in an error
+_NEEDED = ("scorer", "subject", "patient", "label", "ap")  # columns
+
+Row = Mapping[str, str]
+
+
+class CompareError(ValueError):
+    """Results cannot be read, or must not be compared."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One run, or one folder of scored maps, on one set.
+
+    Attributes:
+      name: Short name, unique in the comparison.
+      folder: Its workdir.
+      results: `results/<set>.json`.
+      rows: Scorer -> subject -> line of `results/<set>_subjects.csv`.
+      by_step: Lines of `results/by_step.csv` for this set and these data.
+      lines: The run's `metrics.jsonl`; none for maps.
+      device: What it was trained on, "" if unknown.
+      found: Its segmentations, or None.
+      store: Where the images of the set are, "" if unknown.
+      notes: What a reader must know, one sentence each.
+    """
+
+    name: str
+    folder: pathlib.Path
+    results: Mapping[str, Any]
+    rows: Mapping[str, Mapping[str, Row]]
+    by_step: Sequence[Row]
+    lines: Sequence[Mapping[str, Any]]
+    device: str
+    found: segmentations.Segmentations | None
+    store: str
+    notes: tuple[str, ...]
+
+    @property
+    def scorer(self) -> str:
+        """Name of the model, or of the maps, among the scorers."""
+        return self.results["run"]["name"]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The figures of the model or the maps."""
+        return self.results["scorers"][self.scorer]
+
+    @property
+    def subjects(self) -> Mapping[str, Row]:
+        """Subject -> its line, of the model or the maps."""
+        return self.rows[self.scorer]
+
+    @property
+    def operating(self) -> tuple[str, float | None]:
+        """Rule and operating threshold; "" without a rule."""
+        found = self.results.get("operating") or {}
+        return found.get("rule") or "", found.get("threshold")
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """How far it was trained; empty for maps."""
+        return self.results["run"].get("training") or {}
+
+
+def read(folders: Sequence[pathlib.Path], set_name: str = "") -> list[Entry]:
+    """Reads what is compared, and refuses what must not be.
+
+    Args:
+      folders: Workdirs.
+      set_name: The set; "" = the one set that all have results of.
+
+    Returns:
+      One entry per folder, in the order given.
+
+    Raises:
+      CompareError: If there are fewer than two, one comes twice, results are missing
+        or damaged, or they are not of the same volumes and protocol.
+      workdir.WorkdirError: If a JSON file is damaged.
+    """
+    if len(folders) < 2:
+        raise CompareError(
+            f"A comparison needs at least two runs or folders of maps, and "
+            f"{len(folders)} is given. Name their workdirs: run.py compare A B."
+        )
+    resolved = [folder.resolve() for folder in folders]
+    twice = sorted({str(one) for one in resolved if resolved.count(one) > 1})
+    if twice:
+        raise CompareError(f"{', '.join(twice)} is given twice. Name each run once.")
+    chosen = set_name or _shared_set(folders)
+    names = short_names(resolved)
+    entries = [
+        _read_entry(name, folder, chosen)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    _refuse_different_sets(entries)
+    return entries
+
+
+def short_names(folders: Sequence[pathlib.Path]) -> list[str]:
+    """Names of folders, with as many parents as it takes to tell them apart.
+
+    Args:
+      folders: Absolute paths, each once.
+    """
+    lengths = [1] * len(folders)
+    while True:
+        names = [
+            "/".join(folder.parts[-length:])
+            for folder, length in zip(folders, lengths, strict=True)
+        ]
+        equal = [names.count(name) > 1 for name in names]
+        if not any(equal):
+            return names
+        lengths = [n + same for n, same in zip(lengths, equal, strict=True)]
+
+
+def value(row: Row, column: str) -> float:
+    """A number of a line; NaN where there is none."""
+    text = row.get(column) or ""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def lesion_values(
+    rows: Mapping[str, Row], column: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """A column for the volumes with an annotated lesion.
+
+    Returns:
+      Subject -> value, and subject -> patient.
+    """
+    lesions = {
+        subject: row
+        for subject, row in rows.items()
+        if row["label"] == "abnormal" and not math.isnan(value(row, "ap"))
+    }
+    values = {subject: value(row, column) for subject, row in lesions.items()}
+    return values, {subject: row["patient"] for subject, row in lesions.items()}
+
+
+def _sets(folder: pathlib.Path) -> list[str]:
+    results = folder / "results"
+    return sorted(
+        path.stem
+        for path in results.glob("*.json")
+        if (results / f"{path.stem}_subjects.csv").exists()
+    )
+
+
+def _shared_set(folders: Sequence[pathlib.Path]) -> str:
+    found = {folder: _sets(folder) for folder in folders}
+    shared = set.intersection(*(set(names) for names in found.values()))
+    if len(shared) == 1:
+        return shared.pop()
+    lines = [f"  {path}: {', '.join(names) or 'none'}" for path, names in found.items()]
+    if shared:
+        trouble = "Several sets were evaluated in all of them:"
+        remedy = f"Choose one with --set: {', '.join(sorted(shared))}."
+    else:
+        trouble = "There is no set that all of them were evaluated on:"
+        remedy = "Evaluate those that lack it: run.py evaluate --workdir=DIR."
+    raise CompareError("\n".join([trouble, *lines, remedy]))
+
+
+def _read_entry(name: str, folder: pathlib.Path, set_name: str) -> Entry:
+    path = folder / "results" / f"{set_name}.json"
+    if not path.exists():
+        raise CompareError(
+            f"{folder} has no results of the set {set_name!r}; it has: "
+            f"{', '.join(_sets(folder)) or 'none'}. Evaluate it first: run.py "
+            f"evaluate --workdir={folder}"
+        )
+    results = workdir_lib.read_json(path)
+    _check_results(path, results)
+    rows = _read_rows(path.with_name(f"{set_name}_subjects.csv"))
+    scorer, fingerprint = results["run"]["name"], results["set"]["fingerprint"]
+    if scorer not in rows:
+        raise CompareError(
+            f"{path.with_name(f'{set_name}_subjects.csv')} has no line of {scorer!r}. "
+            "Evaluate the run again."
+        )
+    by_step, notes = _read_by_step(path.parent, set_name, fingerprint)
+    found, store, more = _read_found(path.parent, set_name, fingerprint)
+    return Entry(
+        name=name,
+        folder=folder,
+        results=results,
+        rows=rows,
+        by_step=by_step,
+        lines=writer.read_metrics(folder),
+        device=_device(folder),
+        found=found,
+        store=store,
+        notes=(*notes, *more),
+    )
+
+
+def _check_results(path: pathlib.Path, results: Any) -> None:
+    try:
+        complete = (
+            results["set"]["fingerprint"]
+            and results["set"]["protocol"]
+            and results["scorers"][results["run"]["name"]]
+        )
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise CompareError(
+            f"{path} does not say on which volumes it was made (set fingerprint, "
+            "protocol, scorers): an older version wrote it. Evaluate the run again."
+        )
+
+
+def _read_table(path: pathlib.Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise CompareError(f"{path} is missing. Evaluate the run again.") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise CompareError(
+            f"{path} is damaged: {error}. Evaluate the run again."
+        ) from error
+
+
+def _read_rows(path: pathlib.Path) -> dict[str, dict[str, Row]]:
+    rows: dict[str, dict[str, Row]] = {}
+    for number, row in enumerate(_read_table(path), start=2):
+        absent = [name for name in _NEEDED if row.get(name) is None]
+        if absent:
+            raise CompareError(
+                f"{path} is damaged: line {number} has no {', '.join(absent)}. "
+                "Evaluate the run again."
+            )
+        rows.setdefault(row["scorer"], {})[row["subject"]] = row
+    return rows
+
+
+def _read_by_step(
+    folder: pathlib.Path, set_name: str, fingerprint: str
+) -> tuple[list[Row], list[str]]:
+    path = folder / "by_step.csv"
+    if not path.exists():
+        return [], []
+    mine = [row for row in _read_table(path) if row.get("set") == set_name]
+    fresh = [row for row in mine if row.get("fingerprint") == fingerprint]
+    notes = []
+    if len(fresh) < len(mine):
+        notes.append(
+            f"{len(mine) - len(fresh)} lines of by_step.csv are of other volumes or "
+            "another protocol; they are left out of the curves."
+        )
+    return sorted(fresh, key=lambda row: value(row, "step")), notes
+
+
+def _read_found(
+    folder: pathlib.Path, set_name: str, fingerprint: str
+) -> tuple[segmentations.Segmentations | None, str, list[str]]:
+    path = folder / f"{set_name}_found.npz"
+    if not path.exists():
+        return None, "", ["There are no stored segmentations, so no pictures of it."]
+    found, facts = segmentations.load(path)
+    if facts.get("fingerprint") != fingerprint:
+        note = "The stored segmentations are of other volumes: no pictures of it."
+        return None, "", [note]
+    return found, facts.get("store", ""), []
+
+
+def _device(folder: pathlib.Path) -> str:
+    try:
+        text = (folder / workdir_lib.ENVIRONMENT).read_text(encoding="utf-8")
+        facts = json.loads(text)
+        return f"{facts['num_devices']} x {facts['device_kind']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""  # maps, or a run whose env.json is gone: only a note is lost
+
+
+def _refuse_different_sets(entries: Sequence[Entry]) -> None:
+    """Raises one error with all that differs from the first entry."""
+    first, *others = entries
+    problems = []
+    for other in others:
+        problems += _differences(first, other)
+    if problems:
+        raise CompareError(
+            "These cannot stand in one table:\n  "
+            + "\n  ".join(problems)
+            + "\nEvaluate all of them on one store with one protocol: "
+            "run.py evaluate --workdir=DIR --data=STORE."
+        )
+
+
+def _differences(first: Entry, other: Entry) -> list[str]:
+    problems = []
+    protocols = [entry.results["set"]["protocol"] for entry in (first, other)]
+    if protocols[0] != protocols[1]:
+        problems.append(
+            f"protocol: {protocols[0]} in {first.name}, {protocols[1]} in {other.name}"
+        )
+    ours, theirs = set(first.subjects), set(other.subjects)
+    for entry, alone in ((first, ours - theirs), (other, theirs - ours)):
+        if alone:
+            problems.append(
+                f"{len(alone)} subjects are only in {entry.name}: {_listed(alone)}"
+            )
+    prints = [entry.results["set"]["fingerprint"] for entry in (first, other)]
+    if prints[0] != prints[1] and not problems:
+        problems.append(
+            f"the subjects of {first.name} and {other.name} have the same names but "
+            f"other voxels or masks (fingerprints {prints[0][:12]}, {prints[1][:12]})"
+        )
+    return problems
+
+
+def _listed(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    more = len(names) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
