@@ -227,6 +227,16 @@ def test_fault_D9_folds_are_mean_and_sd_with_their_number() -> None:
     assert found.num_valid == 5
 
 
+def test_fault_D9_an_interval_says_how_many_subjects_it_rests_on() -> None:
+    values = {**_values(7), "missing": float("nan")}
+    assert statistics.bootstrap_mean(values).num_subjects == 7
+    paired = statistics.paired_bootstrap(values, values)
+    assert paired.num_subjects == 7
+    metric = accumulators.average_precision
+    found = statistics.bootstrap_histograms(metric, *_histograms(6))
+    assert found.num_subjects == 6
+
+
 @pytest.mark.parametrize(
     "compare", [statistics.paired_bootstrap, statistics.paired_permutation]
 )
