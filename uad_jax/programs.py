@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uad_jax import cost as cost_lib
@@ -94,6 +95,18 @@ def build(
         cost=cost_lib.estimate(lowered, update, state, mesh.size),
         steps_per_call=steps_per_call,
     )
+
+
+def steps_per_call(wanted: int, mesh: Mesh) -> int:
+    """What `train.steps_per_call` becomes on these devices."""
+    if wanted > 1 and mesh.devices.flat[0].platform == "cpu":
+        logging.warning(
+            "train.steps_per_call = %d is taken as 1 on a CPU, where convolution "
+            "gradients inside a scan run 20 to 40 times slower.",
+            wanted,
+        )
+        return 1
+    return wanted
 
 
 def _init(method: Method, spec: Batch) -> Callable[[Key], TrainState]:
