@@ -26,7 +26,8 @@ from uad_jax.types import Array, Geometry, Scores, Volumes
 SUFFIX = "_space-model_desc-score_map"  # of a name: a map on the model grid, as made
 
 _NIFTI = (".nii", ".nii.gz")
-_NO_MAPS = ("_mask", "_reconstruction")  # ends of names; `predict` writes them too
+_NO_MAPS = ("_mask", "_reconstruction")  # ends of names
+_OUR_RECONSTRUCTION = "_desc-reconstruction_"  # what `predict` calls them
 _DEFAULT = examine.Reading()
 
 
@@ -39,12 +40,13 @@ def find(
     NIfTI file whose name begins with the subject, else the single one in a folder
     `<subject>/`. After the subject a name ends or goes on with something that is
     neither letter nor digit, and a file belongs to the longest subject that fits.
-    Masks (`*_mask`) and reconstructions (`*_reconstruction`) are no maps.
+    Masks (`*_mask`) and reconstructions (`*_reconstruction`, and those of `predict`)
+    are no maps.
 
     Args:
       folder: Where the maps are.
       infos: The volumes that need a map.
-      others: Names of further subjects; their files are not taken for anyone's else.
+      others: Names of further subjects; their files are not taken for anyone else's.
 
     Returns:
       Subject -> file.
@@ -266,6 +268,7 @@ def _maps_in(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
         if path.name.endswith(_NIFTI)
         and not path.name.startswith(".")
         and not manifest.stem(path).endswith(_NO_MAPS)
+        and _OUR_RECONSTRUCTION not in path.name
         and path.is_file()
     )
 
