@@ -1,9 +1,13 @@
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from uad_jax.data import profile
+from tests import stores
+from uad_jax.data import profile, sources
+
+TWO = ("t1", "t2")
 
 
 def _values(seed: int, gamma: float = 1.0) -> np.ndarray:
@@ -40,9 +44,34 @@ def test_distance_is_in_spreads_and_tells_another_histogram() -> None:
     assert usual.distance(_print(_values(9, gamma=8.0))) > 5
 
 
+def test_a_bright_lesion_moves_two_quantiles_at_most() -> None:
+    usual = profile.of([_print(_values(seed)) for seed in range(5)])
+    values = _values(9)
+    values[:200] = 2.0  # 4 % of the brain
+    assert usual.distance(_print(values)) > 5
+    assert usual.distance(_print(values), ignore=2) < 1
+    assert usual.distance(_print(_values(9, gamma=8.0)), ignore=2) > 5
+
+
 def test_a_profile_comes_back_from_json() -> None:
     usual = profile.of([_print(_values(seed)) for seed in range(3)])
     back = profile.Profile.from_json(json.loads(json.dumps(usual.to_json())))
     np.testing.assert_allclose(back.centre, usual.centre, atol=5e-5)
     np.testing.assert_allclose(back.spread, usual.spread, atol=5e-5)
     assert back.count == 3
+
+
+def test_the_profile_of_a_store_is_that_of_its_brains(tmp_path: pathlib.Path) -> None:
+    path = stores.tiny_store(
+        tmp_path, {"train": 30}, grid=(6, 32, 32, 2), modalities=TWO
+    )
+    store = sources.Store.open(path)
+    found = profile.of_store(store, store.volumes[:2], [1])
+    assert list(found) == ["t2"]
+    prints = []
+    for volume in store.volumes[:2]:
+        codes, plane = store.read_volume(volume.uid)
+        prints.append(_print(codes[..., 1][plane == sources.BRAIN_BIT]))
+    np.testing.assert_allclose(found["t2"].centre, np.mean(prints, axis=0))
+    many = profile.of_store(store, store.volumes, [0, 1])
+    assert many["t1"].count == many["t2"].count == 24  # a sample of the 30

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from uad_jax.data import sources
+
 _QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 _MEDIAN = _QUANTILES.index(50)
 _MIN_SPREAD = 0.03  # of the fingerprint; smaller spreads count as this
 _FEW = 100  # fewer voxels have no shape
 _ENOUGH = 200_000  # voxels that a shape is taken from
 _DIGITS = 4  # that are stored
+_SAMPLE = 24  # volumes of a store that its profile is made of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +35,16 @@ class Profile:
     spread: np.ndarray
     count: int
 
-    def distance(self, fingerprint: np.ndarray) -> float:
-        """Root mean square of the deviations, in robust standard deviations."""
-        scaled = (fingerprint - self.centre) / self.spread
-        return float(np.sqrt((scaled**2).mean()))
+    def distance(self, fingerprint: np.ndarray, *, ignore: int = 0) -> float:
+        """Root mean square of the deviations, in robust standard deviations.
+
+        Args:
+          fingerprint: [8] float.
+          ignore: How many of the largest deviations to leave out: bright lesions of
+            up to a twentieth of the brain change no more than two.
+        """
+        scaled = np.sort(np.abs(fingerprint - self.centre) / self.spread)
+        return float(np.sqrt((scaled[: len(scaled) - ignore] ** 2).mean()))
 
     def to_json(self) -> dict[str, Any]:
         """Converts to plain JSON types."""
@@ -84,3 +93,31 @@ def of(fingerprints: Sequence[np.ndarray]) -> Profile:
         spread=np.maximum(1.4826 * deviation, _MIN_SPREAD),
         count=len(table),
     )
+
+
+def of_store(
+    store: sources.Store,
+    volumes: Sequence[sources.VolumeInfo],
+    channels: Sequence[int] | np.ndarray,
+) -> dict[str, Profile]:
+    """Sums up volumes of a store, on the model grid; 24 of them when there are more.
+
+    Args:
+      store: The store.
+      volumes: The volumes.
+      channels: Channels to sum up.
+
+    Returns:
+      Modality -> profile; a modality without any fingerprint is left out.
+    """
+    count = min(len(volumes), _SAMPLE)
+    chosen = np.linspace(0, len(volumes) - 1, count).round().astype(int)
+    found: dict[str, list[np.ndarray]] = {}
+    for place in chosen:
+        codes, plane = store.read_volume(volumes[place].uid)
+        brain = (plane & sources.BRAIN_BIT) != 0
+        for channel in channels:
+            values = fingerprint(codes[..., channel][brain])
+            if values is not None:
+                found.setdefault(store.modalities[channel], []).append(values)
+    return {modality: of(values) for modality, values in found.items()}
