@@ -20,6 +20,7 @@ from uad_jax import environment, integrity
 CONFIG = "config.json"
 ENVIRONMENT = "env.json"
 FINGERPRINT = "data_fingerprint.json"
+PROFILE = "data_profile.json"  # which modalities the model knows, and their look
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
 
