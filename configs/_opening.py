@@ -1,0 +1,122 @@
+"""How run.py finds a config: in a file, or in the workdir of a run."""
+
+import difflib
+import json
+import pathlib
+import runpy
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+from ml_collections.config_flags import config_path
+
+
+def hint(word: str, words: Iterable[str]) -> str:
+    """Suggests the nearest known word, if one is near."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _given(argv: list[str], name: str) -> str:
+    """The last value of a flag in arguments that are not parsed yet, or ""."""
+    value = ""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, text = arg.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            value = text if equals else following
+    return value
+
+
+def _stored_config(argv: list[str]) -> dict[str, Any] | None:
+    """The config stored in the --workdir, unless a --config is given."""
+    if _given(argv, "config"):
+        return None
+    return _read_config(pathlib.Path(_given(argv, "workdir")))
+
+
+def _read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config that a run stored; None where there is none that names its file."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sys.exit(f"{path} is damaged: {error}. Put a sound copy in its place.")
+    return stored if stored.get("source") else None
+
+
+def stored_experiment(workdir: pathlib.Path) -> Any:
+    """Opens the experiment that a run was trained with."""
+    from uad_jax import config as config_lib
+
+    stored = _read_config(workdir)
+    if stored is None:
+        sys.exit(f"{workdir}: its config.json does not name the --config it came from.")
+    config = _experiment(stored["source"])
+    config_lib.fill(config, stored)
+    return config
+
+
+def _experiment(chosen: str) -> Any:
+    """Builds what --config names, or ends with one sentence that says why not."""
+    name, colon, argument = chosen.partition(":")
+    if not pathlib.Path(name).is_file():
+        files = sorted(str(path) for path in pathlib.Path("configs").glob("[a-z]*.py"))
+        known = f" Known: {', '.join(files)}." if files else ""
+        sys.exit(f"--config: there is no file {name}.{hint(name, files)}{known}")
+    try:
+        return runpy.run_path(name)["get_config"](*([argument] if colon else []))
+    except ValueError as error:
+        sys.exit(f"--config={chosen}: {error}")
+
+
+def _unknown_fields(argv: list[str], config: Any) -> str:
+    """Names overrides of fields that the config does not have, and the nearest ones."""
+    from configs import _parts
+
+    known = set(_parts.field_paths(config))
+    keys = [arg[2:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
+    unknown = [key for key in keys if key.removeprefix("config.") not in known]
+    return "\n".join(_parts.nearest_field_error(config, key) for key in unknown)
+
+
+def parse_flags(argv: list[str], with_run: Sequence[str]) -> list[str]:
+    """Parses flags; some modes take the config from the run in --workdir.
+
+    Args:
+      argv: The command line.
+      with_run: These modes.
+
+    Returns:
+      What is not a flag.
+    """
+    stored = None
+    if len(argv) > 1 and argv[1] in with_run:  # imports are late: --help is quick
+        stored = _stored_config(argv)
+    if stored is not None:
+        argv = [*argv[:2], f"--config={stored['source']}", *argv[2:]]
+        sys.argv = argv  # config_flags looks for overrides there
+    chosen = _given(argv, "config")
+    config = _experiment(chosen) if chosen else None
+    try:
+        rest = app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError):
+        message = _unknown_fields(argv, config) if config else ""
+        if not message:
+            raise
+        sys.exit(message)
+    if stored is not None:
+        from uad_jax import config as config_lib
+
+        flag = flags.FLAGS["config"]
+        overrides = dict(config_flags.get_override_values(flag))
+        try:
+            config_lib.fill(flag.value, stored)
+        except ValueError as error:
+            sys.exit(f"{_given(argv, 'workdir')}: {error}")
+        for path, value in overrides.items():
+            config_path.set_value(path, flag.value, value)
+    return rest
