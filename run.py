@@ -5,6 +5,13 @@
     python run.py prepare     --source=DIR --store=DIR   make slices of scans, once
     python run.py train       --config=FILE --workdir=DIR --config.data.store=DIR
     python run.py evaluate    --workdir=DIR              metrics and report
+    python run.py evaluate    --workdir=DIR --steps=all  many checkpoints [--watch]
+    python run.py evaluate    --workdir=DIR --maps=DIR --source=MANIFEST
+                                                         maps made by another tool
+    python run.py compare     DIR DIR ... --output=DIR   runs or maps side by side
+    python run.py predict     --workdir=DIR --input=SCANS --output=DIR
+                                                         maps of new scans
+    python run.py bench       --config=FILE              speed of training and scoring
     python run.py env                                    versions and devices
 
 `python run.py --help` lists the flags.
@@ -18,18 +25,14 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         "virtual environment with one of those." % sys.version_info[:2]
     )
 
-import difflib
 import functools
-import json
 import pathlib
-import runpy
-from collections.abc import Iterable
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
-from ml_collections.config_flags import config_path
 
+from configs import _opening
 from uad_jax import runtime
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -48,6 +51,18 @@ _MODALITY = flags.DEFINE_string(
 )
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: all cores.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the best.")
+_STEPS = flags.DEFINE_string("steps", "", "evaluate: 'all', or 'A:B'; by_step.csv.")
+_WATCH = flags.DEFINE_bool("watch", False, "evaluate: follow a run that trains.")
+_MAPS = flags.DEFINE_string("maps", "", "evaluate: folder of maps of another tool.")
+_INPUT = flags.DEFINE_string("input", "", "predict: scan, folder or manifest.csv.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "predict, compare: folder of the results; bench: JSON file."
+)
+_SET = flags.DEFINE_string("set", "", "compare: the set; default: the common one.")
+_FORCE = flags.DEFINE_bool("force", False, "predict: accept another modality.")
+_BATCH = flags.DEFINE_list("batch", [], "bench: batch sizes, such as 32,64.")
+_BENCH_TRAIN = flags.DEFINE_bool("train", False, "bench: training only.")
+_BENCH_SCORE = flags.DEFINE_bool("score", False, "bench: scoring only.")
 _QUICK = flags.DEFINE_bool("quick", False, "demo: a smaller one, in about a minute.")
 _IGNORE_AFFINE = flags.DEFINE_bool(
     "ignore_affine", False, "Accept masks whose affine differs from the image's."
@@ -134,21 +149,129 @@ def _train() -> int:
 
 
 def _evaluate() -> None:
-    from uad_jax import evaluate, evaluation, report
+    from uad_jax import by_step, evaluate, evaluation, report
 
     _need("workdir")
+    workdir = pathlib.Path(_WORKDIR.value)
+    if _MAPS.value:
+        found = _evaluate_maps(pathlib.Path(_MAPS.value), workdir)
+    else:
+        config = _run_config()
+        if _STORE.value:
+            config.evaluation.sets = evaluation.set_of_store(_STORE.value)
+        if _STEPS.value or _WATCH.value:
+            steps = _STEPS.value or "all"
+            rows = by_step.evaluate_steps(
+                config, workdir, steps=steps, watch=_WATCH.value
+            )
+            print(by_step.render(rows))
+            print(f"\nAll figures: {workdir / 'results' / by_step.FILE}")
+            return
+        found = evaluate.evaluate(config, workdir, step=_STEP.value)
+    for name, results in found.items():
+        print(f"\n{name}\n{report.summary(results)}")
+
+
+def _evaluate_maps(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
+    """Scores a folder of maps on --store, or on what --source is prepared to."""
+    from uad_jax import evaluate_maps, prepare
+    from uad_jax.data import examine
+
+    store = pathlib.Path(_STORE.value or workdir / "store")
+    if _SOURCE.value:
+        prepare.prepare(_SOURCE.value, store, _RECIPE.value, **_reading())
+    elif not _STORE.value:
+        sys.exit("Missing: --source=... (scans and truth), or --store=... (prepared).")
+    reading = examine.Reading(
+        ignore_affine=_IGNORE_AFFINE.value,
+        nan_to_zero=_NAN.value == "zero",
+        assume_orientation=_ASSUME_ORIENTATION.value,
+    )
+    return evaluate_maps.evaluate_maps(
+        folder, store, workdir, modality=_MODALITY.value, reading=reading
+    )
+
+
+def _compare(names: list[str]) -> int:
+    from uad_jax import compare
+
+    if len(names) < 2:
+        sys.exit("Give two or more: python run.py compare RUN RUN_or_MAPS ...")
+    output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or "runs/compare")
+    folders = [_evaluated(pathlib.Path(name), output) for name in names]
+    result = compare.compare(folders, output, set_name=_SET.value)
+    print(f"{compare.render(result)}\n\nPage: {output / 'compare.html'}")
+    return 0
+
+
+def _evaluated(folder: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
+    """The folder of results: evaluates a run or a folder of maps that has none."""
+    from uad_jax import evaluate
+
+    if any(folder.glob("results/*.json")):
+        return folder
+    if (folder / "config.json").is_file():
+        evaluate.evaluate(_opening.stored_experiment(folder), folder)
+        return folder
+    if any(folder.rglob("*.nii*")):
+        workdir = output / folder.resolve().name
+        _evaluate_maps(folder, workdir)
+        return workdir
+    sys.exit(
+        f"{folder} is neither a run nor a folder of NIfTI maps. Give the --workdir of "
+        "run.py train, or maps with --source=MANIFEST."
+    )
+
+
+def _predict() -> None:
+    from uad_jax import predict, prediction
+
+    _need("workdir", "input", "output")
+    found = predict.predict(
+        _run_config(),
+        pathlib.Path(_WORKDIR.value),
+        _INPUT.value,
+        pathlib.Path(_OUTPUT.value),
+        step=_STEP.value,
+        modality=_MODALITY.value,
+        force=_FORCE.value,
+        nan_to_zero=_NAN.value == "zero",
+        assume_orientation=_ASSUME_ORIENTATION.value,
+        ignore_affine=_IGNORE_AFFINE.value,
+    )
+    print(prediction.render(found, pathlib.Path(_OUTPUT.value)))
+
+
+def _bench() -> None:
+    from uad_jax import bench
+
+    _need("config")
+    both = _BENCH_TRAIN.value == _BENCH_SCORE.value
+    bench.bench(
+        _CONFIG.value,
+        train=both or _BENCH_TRAIN.value,
+        score=both or _BENCH_SCORE.value,
+        batches=_batches(),
+        output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None,
+        recipe=_RECIPE.value,
+    )
+
+
+def _batches() -> list[int]:
+    try:
+        return [int(size) for size in _BATCH.value]
+    except ValueError:
+        sys.exit(f"--batch={','.join(_BATCH.value)}: use numbers, such as 32,64.")
+
+
+def _run_config() -> Any:
+    """The config of the run in --workdir, or the one given."""
     if not _CONFIG.value:  # taken from the workdir when not given
         raise ValueError(
             f"{_WORKDIR.value} is not the directory of a run: it has no config.json "
             "that names its config. Give the --workdir that `run.py train` was given."
         )
-    config = _CONFIG.value
-    if _STORE.value:
-        config.evaluation.sets = evaluation.set_of_store(_STORE.value)
-    workdir = pathlib.Path(_WORKDIR.value)
-    found = evaluate.evaluate(config, workdir, step=_STEP.value)
-    for name, results in found.items():
-        print(f"\n{name}\n{report.summary(results)}")
+    return _CONFIG.value
 
 
 def _env() -> None:
@@ -163,8 +286,13 @@ _MODES = {
     "check-data": _check_data,
     "train": _train,
     "evaluate": _evaluate,
+    "predict": _predict,
+    "bench": _bench,
     "env": _env,
 }
+
+
+_WITH_RUN = ("evaluate", "predict")  # take the config from --workdir
 
 
 def _need(*names: str) -> None:
@@ -174,98 +302,20 @@ def _need(*names: str) -> None:
         sys.exit(f"Missing: {flags_missing} (`python run.py --help` explains it.)")
 
 
-def _hint(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _given(argv: list[str], name: str) -> str:
-    """The last value of a flag in arguments that are not parsed yet, or ""."""
-    value = ""
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, text = arg.partition("=")
-        if flag in (f"--{name}", f"-{name}"):
-            value = text if equals else following
-    return value
-
-
-def _stored_config(argv: list[str]) -> dict[str, Any] | None:
-    """The config stored in the --workdir, unless a --config is given."""
-    path = pathlib.Path(_given(argv, "workdir")) / "config.json"
-    if _given(argv, "config") or not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        sys.exit(f"{path} is damaged: {error}. Put a sound copy in its place.")
-    return stored if stored.get("source") else None
-
-
-def _experiment(chosen: str) -> Any:
-    """Builds what --config names, or ends with one sentence that says why not."""
-    name, colon, argument = chosen.partition(":")
-    if not pathlib.Path(name).is_file():
-        files = sorted(str(path) for path in pathlib.Path("configs").glob("[a-z]*.py"))
-        known = f" Known: {', '.join(files)}." if files else ""
-        sys.exit(f"--config: there is no file {name}.{_hint(name, files)}{known}")
-    try:
-        return runpy.run_path(name)["get_config"](*([argument] if colon else []))
-    except ValueError as error:
-        sys.exit(f"--config={chosen}: {error}")
-
-
-def _unknown_fields(argv: list[str], config: Any) -> str:
-    """Names overrides of fields that the config does not have, and the nearest ones."""
-    from configs import _parts
-
-    known = set(_parts.field_paths(config))
-    keys = [arg[2:].partition("=")[0] for arg in argv if arg.startswith("--config.")]
-    unknown = [key for key in keys if key.removeprefix("config.") not in known]
-    return "\n".join(_parts.nearest_field_error(config, key) for key in unknown)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; `evaluate` takes the config from the run's workdir."""
-    stored = _stored_config(argv) if argv[1:2] == ["evaluate"] else None
-    if stored is not None:
-        argv = [*argv[:2], f"--config={stored['source']}", *argv[2:]]
-        sys.argv = argv  # config_flags looks for overrides there
-    chosen = _given(argv, "config")
-    config = _experiment(chosen) if chosen else None
-    try:
-        rest = app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError):
-        message = _unknown_fields(argv, config) if config else ""
-        if not message:
-            raise
-        sys.exit(message)
-    if stored is not None:
-        from uad_jax import config as config_lib
-
-        flag = flags.FLAGS["config"]
-        overrides = dict(config_flags.get_override_values(flag))
-        try:
-            config_lib.fill(flag.value, stored)
-        except ValueError as error:
-            sys.exit(f"{_given(argv, 'workdir')}: {error}")
-        for path, value in overrides.items():
-            config_path.set_value(path, flag.value, value)
-    return rest
-
-
 def main(argv: list[str]) -> int | None:
     """Runs one mode; the exit status is 0 when it succeeded."""
     if len(argv) < 2:
-        raise app.UsageError(f"Give one mode: {', '.join(_MODES)}.")
-    if argv[1] not in _MODES:
-        hint = _hint(argv[1], _MODES)
-        sys.exit(f"There is no mode {argv[1]!r}.{hint} Modes: {', '.join(_MODES)}.")
-    if len(argv) > 2:
+        raise app.UsageError(f"Give one mode: {', '.join(_MODES)}, compare.")
+    modes = (*_MODES, "compare")
+    if argv[1] not in modes:
+        hint = _opening.hint(argv[1], modes)
+        sys.exit(f"There is no mode {argv[1]!r}.{hint} Modes: {', '.join(modes)}.")
+    if len(argv) > 2 and argv[1] != "compare":
         sys.exit(f"Not understood: {' '.join(argv[2:])}. Write flags as --name=value.")
     runtime.log_ours_only()
     runtime.setup()
     try:
-        return _MODES[argv[1]]()
+        return _compare(argv[2:]) if argv[1] == "compare" else _MODES[argv[1]]()
     except KeyboardInterrupt:
         if _DEBUG.value:
             raise
@@ -278,4 +328,6 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(
+        main, flags_parser=functools.partial(_opening.parse_flags, with_run=_WITH_RUN)
+    )

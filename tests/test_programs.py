@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from tests import runs, stores
 from uad_jax import mesh as mesh_lib
-from uad_jax import programs, train, writer
+from uad_jax import programs, saved_run, train, writer
 from uad_jax.data import pipeline, sources
 from uad_jax.methods import base
 from uad_jax.types import Batch, Key, ModelState, Scalars, TrainState
@@ -105,7 +105,7 @@ def test_validation_is_the_mean_over_valid_slices_of_the_averaged_model(
     # 6 healthy slices in batches of 4: the second one is half padding.
     config = runs.scale_config(store, batch_size=4, **{"method.noise": 0.0})
     train.train(config, tmp_path / "run", mesh=mesh1)
-    _, model, _ = train.load_model(config, tmp_path / "run", 8, mesh1)
+    _, model, _ = saved_run.load_model(config, tmp_path / "run", 8, mesh1)
     opened = sources.Store.open(store)
     healthy = [
         volume

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from uad_jax import results, scoring
+from uad_jax import export, results, scoring
+from uad_jax.scoring import Stage
 
 
 def test_folders_of_the_machine_are_cut_off() -> None:
@@ -40,11 +41,14 @@ def test_outside_the_brain_a_shown_map_is_never_the_highest(
         image=scores[..., None],
         brain=np.ones_like(scores, bool),
         lesion=np.zeros_like(scores, bool),
-        anomaly_map=scores,
-        eroded=np.array([[[True, True, False]]]),
+        scores=scores,
+        slice_score=np.zeros(1),
+        volume_score=0.0,
+        maps={Stage.PROCESSED: (scores, np.array([[[True, True, False]]]))},
         reconstruction=None,
+        errors={},
     )
-    shown = results.map_to_show(arrays)
+    shown = export.shown(arrays)
     np.testing.assert_array_equal(shown[..., :2], scores[..., :2])
     assert shown[0, 0, 2] == outside
     assert shown.dtype == np.float32

@@ -10,8 +10,8 @@ from uad_jax import mesh as mesh_lib
 from uad_jax import scoring
 from uad_jax.data import sources
 from uad_jax.methods import base
-from uad_jax.metrics import voxel
 from uad_jax.metrics.postprocess import Protocol
+from uad_jax.scoring import Stage
 from uad_jax.types import Labels, ModelState, Scores, Volumes
 
 GRID = (5, 26, 26, 1)
@@ -60,42 +60,29 @@ def _identity(name: str = "raw") -> scoring.Scorer:
     )
 
 
-def test_results_hold_the_brain_and_leave_out_padding(
+def test_arrays_leave_out_padding_and_hold_both_stages(
     mesh1: jax.sharding.Mesh,
 ) -> None:
     volumes, labels = _batch(mesh1)
-    infos = [_info(1), _info(2, depth=4)]
-    rows = list(
-        scoring.score_volumes(_identity(), volumes, labels, infos, {"rule": 0.7})
-    )
-    for row, (result, arrays) in enumerate(rows):
-        depth = 5 - row
-        brain = np.asarray(volumes.mask)[row, :depth, ..., 0]
-        lesion = labels.lesion[row, :depth]
-        assert arrays.image.shape == (depth, 26, 26, 1)
-        scored = np.asarray(volumes.image)[row, :depth, ..., 0][brain]
-        np.testing.assert_array_equal(np.sort(result.voxels.scores), np.sort(scored))
-        assert result.voxels.lesion.sum() == lesion.sum()
-        assert result.voxels.outside_normal == 0
-        found = (np.asarray(volumes.image)[row, :depth, ..., 0] > 0.7) & brain
-        overlap = 2 * (found & lesion).sum() / (found.sum() + lesion.sum())
-        assert result.dice["rule"] == pytest.approx(overlap)
-        assert result.found_voxels["rule"] == found.sum()  # no component is dropped
-        assert len(result.slice_score) == depth
-
-
-def test_erosion_ranks_the_rim_of_the_brain_lowest(mesh1: jax.sharding.Mesh) -> None:
-    volumes, labels = _batch(mesh1)
     eroding = _identity()._replace(protocol=Protocol.BEHRENDT)
-    result, arrays = next(
-        scoring.score_volumes(eroding, volumes, labels, [_info(1)], {})
-    )
-    rim = arrays.brain & ~arrays.eroded
-    assert rim.any()
-    lost = (rim & arrays.lesion).sum()
-    assert result.voxels.outside_lesion == lost
-    assert result.voxels.outside_normal == rim.sum() - lost
-    assert len(result.voxels.scores) == arrays.eroded.sum()
+    rows = list(scoring.score_volumes(eroding, volumes, labels, 2, tuple(Stage)))
+    for row, arrays in enumerate(rows):
+        depth = 5 - row
+        image = np.asarray(volumes.image)[row, :depth, ..., 0]
+        assert arrays.image.shape == (depth, 26, 26, 1)
+        assert len(arrays.slice_score) == depth
+        np.testing.assert_array_equal(arrays.lesion, labels.lesion[row, :depth])
+        np.testing.assert_array_equal(arrays.scores[arrays.brain], image[arrays.brain])
+        unprocessed, brain = arrays.maps[Stage.UNPROCESSED]
+        np.testing.assert_array_equal(brain, arrays.brain)
+        np.testing.assert_array_equal(unprocessed[brain], image[brain])
+        assert arrays.eroded.sum() < brain.sum()
+        assert not np.array_equal(
+            arrays.anomaly_map[arrays.eroded], image[arrays.eroded]
+        )
+    one = next(scoring.score_volumes(eroding, volumes, labels, 1, pictures=False))
+    assert one.image is None
+    np.testing.assert_array_equal(one.anomaly_map, rows[0].anomaly_map)
 
 
 def test_reconstruction_errors_equal_a_loop_over_slices(
@@ -120,19 +107,17 @@ def test_reconstruction_errors_equal_a_loop_over_slices(
     scorer = scoring.method_scorer(
         "shifted",
         method,
+        scoring.program("shifted", method, mesh1),
         ModelState(params={}, collections={}),
         jax.random.key(0),
         Protocol.NONE,
-        mesh1,
     )
-    infos = [_info(1), _info(2, depth=4)]
-    rows = list(scoring.score_volumes(scorer, volumes, labels, infos, {}))
-    for row, (result, arrays) in enumerate(rows):
+    for row, arrays in enumerate(scoring.score_volumes(scorer, volumes, labels, 2)):
         moved = shift[row, : 5 - row]
         expected = np.abs(moved)[arrays.brain].mean()
-        assert result.reconstruction["l1_brain"] == pytest.approx(expected, rel=1e-4)
+        assert arrays.errors["l1_brain"] == pytest.approx(expected, rel=1e-4)
         expected = np.abs(moved).mean()
-        assert result.reconstruction["l1_box"] == pytest.approx(expected, rel=1e-4)
+        assert arrays.errors["l1_box"] == pytest.approx(expected, rel=1e-4)
         values = [
             skimage.metrics.structural_similarity(
                 image[..., 0].astype(np.float64),
@@ -144,7 +129,12 @@ def test_reconstruction_errors_equal_a_loop_over_slices(
             )
             for image, error in zip(arrays.image, moved, strict=True)
         ]
-        assert result.reconstruction["ssim"] == pytest.approx(np.mean(values), abs=1e-3)
+        assert arrays.errors["ssim"] == pytest.approx(np.mean(values), abs=1e-3)
+        with_brain = arrays.brain.any(axis=(1, 2))
+        expected = skimage.metrics.peak_signal_noise_ratio(
+            arrays.image[with_brain], (arrays.image + moved)[with_brain], data_range=1
+        )
+        assert arrays.errors["psnr"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_pretraining_stage_is_refused_with_the_remedy(
@@ -153,11 +143,8 @@ def test_a_pretraining_stage_is_refused_with_the_remedy(
     stage = base.Method(
         inputs=base.Inputs(), init=None, update=None, validate=None, score=None
     )
-    model = ModelState(params={}, collections={})
     with pytest.raises(ValueError, match=r"pretraining stage.*warm_start"):
-        scoring.method_scorer(
-            "spark", stage, model, jax.random.key(0), Protocol.NONE, mesh1
-        )
+        scoring.program("spark", stage, mesh1)
 
 
 def test_a_method_that_filters_inside_is_not_filtered_again(
@@ -173,20 +160,36 @@ def test_a_method_that_filters_inside_is_not_filtered_again(
     )
     model = ModelState(params={}, collections={})
     scorer = scoring.method_scorer(
-        "sadm", method, model, jax.random.key(0), Protocol.BEHRENDT, mesh1
+        "sadm",
+        method,
+        scoring.program("sadm", method, mesh1),
+        model,
+        jax.random.key(0),
+        Protocol.BEHRENDT,
     )
-    assert scorer.protocol is Protocol.NONE
+    assert scorer.protocol_of(Stage.PROCESSED) is Protocol.NONE
 
 
-def test_constant_baseline_scores_the_prevalence(mesh1: jax.sharding.Mesh) -> None:
+def test_one_program_serves_many_checkpoints(mesh1: jax.sharding.Mesh) -> None:
     volumes, labels = _batch(mesh1)
-    constant = scoring.baseline_scorer(
-        "prevalence", lambda image, brain: np.zeros(image.shape), Protocol.NONE
+    traced = []
+
+    def score(model: ModelState, volumes: Volumes, key: jax.Array) -> Scores:
+        traced.append(key)
+        scaled = volumes.image[..., 0] * model.params["net"]
+        return base.summarise(scaled, None, volumes)
+
+    method = base.Method(
+        inputs=base.Inputs(), init=None, update=None, validate=None, score=score
     )
-    result, arrays = next(
-        scoring.score_volumes(constant, volumes, labels, [_info(1)], {})
-    )
-    prevalence = arrays.lesion.sum() / arrays.brain.sum()
-    ranking = voxel.rank(result.voxels)
-    assert voxel.average_precision(ranking) == pytest.approx(prevalence)
-    assert voxel.auroc(ranking) == 0.5
+    compiled = scoring.program("scaled", method, mesh1)
+    found = []
+    for factor in (1.0, 2.0, 3.0):
+        model = ModelState(params={"net": jax.numpy.float32(factor)}, collections={})
+        scorer = scoring.method_scorer(
+            "scaled", method, compiled, model, jax.random.key(0), Protocol.NONE
+        )
+        (arrays,) = scoring.score_volumes(scorer, volumes, labels, 1)
+        found.append(arrays.volume_score)
+    assert len(traced) == 1
+    np.testing.assert_allclose(np.divide(found, found[0]), [1, 2, 3], rtol=1e-6)

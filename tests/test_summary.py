@@ -1,19 +1,22 @@
 """Tables from results of single volumes, against hand values."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
-from configs import smoke
 from tests.test_scoring import _info
-from uad_jax import config as config_lib
-from uad_jax import report, summary
-from uad_jax.metrics import voxel
-from uad_jax.scoring import VolumeResult
+from uad_jax import summary
+from uad_jax.measuring import Found, VolumeResult
+from uad_jax.metrics import accumulators, lesionwise, voxel
+from uad_jax.scoring import Stage
+
+RULE = "healthy_fpr"
+EDGES = np.arange(0.05, 10, 0.1, dtype=np.float32)
 
 
-def _result(
+def result(
     uid: int,
     scores: list[float],
     lesion: list[int],
@@ -21,85 +24,123 @@ def _result(
     abnormal: bool = True,
     annotated: bool = True,
     kind: str = "ms",
-    dice: float = 0.5,
+    found: tuple[int, int, int] = (1, 1, 1),
     volume_score: float = 0.0,
+    **info: object,
 ) -> VolumeResult:
+    """A volume of a few voxels; `found` is tp, fp and fn at the operating rule."""
+    voxels = voxel.VoxelScores(
+        np.array(scores, np.float32), np.array(lesion, bool), 0, 0
+    )
+    counted = abnormal and annotated and any(lesion)
+    ranking = voxel.rank(voxels)
+    tp, fp, fn = found
+    lesions = lesionwise.LesionCounts(
+        sizes_ml=np.array([0.05, 2.0]),
+        found=np.array([tp > 0, False]),
+        false_components=fp,
+        num_components=tp + fp,
+    )
+    bins, outside = accumulators.histogram(voxels, EDGES)
+    extra = {"kind": kind} | info.pop("extra", {})
     return VolumeResult(
-        info=dataclasses.replace(_info(uid), extra={"kind": kind}),
-        voxels=voxel.VoxelScores(
-            np.array(scores, np.float32), np.array(lesion, bool), 0, 0
+        info=dataclasses.replace(
+            _info(uid),
+            **{"label": "abnormal" if abnormal else "healthy", "extra": extra} | info,
         ),
         annotated=annotated,
         abnormal=abnormal,
+        lesion_voxels=sum(lesion),
+        outside_lesion=0,
+        voxels=voxels,
+        bins=bins,
+        outside=outside,
+        ap=voxel.average_precision(ranking) if counted else math.nan,
+        auroc=voxel.auroc(ranking) if counted else math.nan,
+        dice_ceiling=voxel.best_dice(ranking)[0] if counted else math.nan,
+        mean_inside=float(np.mean(scores)),
         slice_score=np.array([volume_score], np.float32),
         slice_lesion=np.array([abnormal]),
         volume_score=volume_score,
-        dice={"healthy_fpr": dice},
-        found_voxels={"healthy_fpr": 3},
-        reconstruction={"l1_brain": 0.1, "l1_box": 0.02, "ssim": 0.9},
+        found={RULE: Found(voxel.Confusion(tp, fp, 10, fn), lesions)},
+        reconstruction={"l1_brain": 0.1, "l1_box": 0.02, "ssim": 0.9, "psnr": 20.0},
     )
+
+
+def summarize(found: dict, **options: object) -> dict:
+    """The tables of processed maps."""
+    given = {"group_by": "kind", "num_samples": 10, "rule": RULE} | options
+    return summary.summarize({Stage.PROCESSED: found}, **given)
 
 
 def _four() -> list[VolumeResult]:
     return [
-        _result(0, [3.0, 2.0, 1.0], [1, 0, 0], volume_score=4.0),
-        _result(1, [9.0, 8.0, 7.0], [0, 1, 0], volume_score=3.0, dice=0.1),
-        _result(2, [0.1, 0.2, 0.3], [0, 0, 0], abnormal=False, volume_score=1.0),
-        _result(3, [0.1, 0.2, 0.3], [0, 0, 0], abnormal=False, volume_score=3.5),
+        result(0, [3.0, 2.0, 1.0], [1, 0, 0], volume_score=4.0),
+        result(1, [9.0, 8.0, 7.0], [0, 1, 0], volume_score=3.0, found=(1, 2, 1)),
+        result(2, [0.1, 0.2, 0.3], [0, 0, 0], abnormal=False, volume_score=1.0),
+        result(3, [0.1, 0.2, 0.3], [0, 0, 0], abnormal=False, volume_score=3.5),
     ]
 
 
 def test_pooled_and_mean_figures_differ_and_are_right() -> None:
-    row = summary.metrics(_four(), num_samples=10)
+    row = summary.metrics(_four(), RULE, num_samples=10)
     # Per volume: lesion ranks 1st of 3 (AP 1) and 2nd of 3 (AP 1/2).
     assert row["ap_volume_mean"] == pytest.approx(0.75)
     # Pooled over 6 voxels: lesions rank 2nd and 4th: (1/2 + 2/4) / 2.
     assert row["ap_pooled"] == pytest.approx(0.5)
-    assert row["dice_healthy_fpr_volume_mean"] == pytest.approx(0.3)
+    assert row["dice_healthy_fpr_volume_mean"] == pytest.approx((1 / 2 + 2 / 5) / 2)
+    assert row["dice_healthy_fpr_pooled"] == pytest.approx(4 / 9)
+    assert row["precision_healthy_fpr_pooled"] == pytest.approx(2 / 5)
+    assert row["recall_healthy_fpr_pooled"] == pytest.approx(2 / 4)
     assert row["volume_auroc"] == pytest.approx(3 / 4)
     assert row["slice_auroc"] == pytest.approx(3 / 4)
-    assert row["false_positive_voxels_healthy_fpr_healthy_mean"] == 3
+    millilitres = _info(0).geometry
+    edge = abs(
+        np.linalg.det((millilitres.native_affine @ millilitres.grid_to_native)[:3, :3])
+    )
+    expected = 2 * edge / 1000  # one true and one false voxel each
+    assert row["false_positive_ml_healthy_fpr_healthy_mean"] == pytest.approx(expected)
+    assert row["false_components_healthy_fpr_healthy_mean"] == 2
     assert "ap_volume_mean_interval" not in row  # fewer than 5 subjects
 
 
 def test_fault_D1_volumes_without_truth_are_counted_not_scored() -> None:
-    results = [*_four(), _result(4, [5.0], [0], annotated=False)]
-    results.append(_result(5, [5.0], [0]))  # annotated, but the mask is empty
-    tables = summary.summarize({"model": results}, group_by="kind", num_samples=10)
+    results = [*_four(), result(4, [5.0], [0], annotated=False)]
+    results.append(result(5, [5.0], [0]))  # annotated, but the mask is empty
+    tables = summarize({"model": results})
     assert tables["scorers"]["model"]["num_lesion"] == 2
     assert tables["counts"]["volumes without annotation"] == 1
     assert tables["counts"]["abnormal volumes with an empty mask"] == 1
 
 
 def test_slices_without_annotation_are_not_taken_for_healthy_ones() -> None:
-    unknown = _result(4, [9.0], [0], annotated=False, volume_score=9.0)
+    unknown = result(4, [9.0], [0], annotated=False, volume_score=9.0)
     unknown = dataclasses.replace(unknown, slice_lesion=np.array([False]))
-    row = summary.metrics([*_four(), unknown], num_samples=10)
+    row = summary.metrics([*_four(), unknown], RULE, num_samples=10)
     assert row["slice_auroc"] == pytest.approx(3 / 4)  # as without it
     assert row["volume_auroc"] == pytest.approx(5 / 6)  # its label is known
     assert summary.subject_row(unknown)["dice_healthy_fpr"] == ""
-    assert np.isnan(summary.metrics([unknown], num_samples=10)["slice_auroc"])
+    assert np.isnan(summary.metrics([unknown], RULE, num_samples=10)["slice_auroc"])
 
 
 def test_fault_D11_volumes_with_neither_lesion_nor_finding_are_counted() -> None:
-    results = [*_four(), _result(5, [0.1], [0], abnormal=False, dice=np.nan)]
-    tables = summary.summarize({"model": results}, group_by="kind", num_samples=10)
+    results = [*_four(), result(5, [0.1], [0], abnormal=False, found=(0, 0, 0))]
+    tables = summarize({"model": results})
     assert tables["counts"]["volumes with neither lesion nor finding (no Dice)"] == 1
 
 
 def test_without_any_lesion_there_are_no_voxel_figures() -> None:
     healthy = [one for one in _four() if not one.abnormal]
-    row = summary.metrics(healthy, num_samples=10)
+    row = summary.metrics(healthy, RULE, num_samples=10)
     assert "ap_pooled" not in row
     assert np.isnan(row["volume_auroc"])
-    assert report.table_rows({"m": row})[0][1] == "-"
 
 
 def test_few_subjects_are_shown_one_by_one() -> None:
-    tables = summary.summarize({"model": _four()}, group_by="kind", num_samples=10)
+    tables = summarize({"model": _four()})
     assert tables["cases"] == {"sub-0": {"model": 1.0}, "sub-1": {"model": 0.5}}
-    many = {"model": [_result(n, [2.0, 1.0], [1, 0]) for n in range(5)]}
-    assert not summary.summarize(many, group_by="kind", num_samples=10)["cases"]
+    many = {"model": [result(n, [2.0, 1.0], [1, 0]) for n in range(5)]}
+    assert not summarize(many)["cases"]
 
 
 def test_groups_keep_the_healthy_volumes() -> None:
@@ -107,98 +148,34 @@ def test_groups_keep_the_healthy_volumes() -> None:
     results[1] = dataclasses.replace(
         results[1], info=dataclasses.replace(results[1].info, extra={"kind": "stroke"})
     )
-    tables = summary.summarize({"model": results}, group_by="kind", num_samples=10)
+    tables = summarize({"model": results})
     assert set(tables["groups"]) == {"ms", "stroke"}
     assert tables["groups"]["ms"]["model"]["num_volumes"] == 3
     assert tables["groups"]["stroke"]["model"]["ap_pooled"] == pytest.approx(0.5)
 
 
 def test_healthy_scans_alone_have_no_ranking() -> None:
-    healthy = [_result(n, [1.0, 2.0], [0, 0], abnormal=False) for n in range(3)]
+    healthy = [result(n, [1.0, 2.0], [0, 0], abnormal=False) for n in range(3)]
     found = {"model": healthy, "raw": healthy}
-    tables = summary.summarize(found, group_by="kind", num_samples=10)
+    tables = summarize(found)
     assert tables["verdict"].startswith("No annotated lesions")
 
 
 def test_verdict_needs_twenty_subjects_to_say_beats() -> None:
-    good = [_result(n, [3.0, 2.0, 1.0], [1, 0, 0]) for n in range(20)]
-    poor = [_result(n, [1.0, 2.0, 3.0], [1, 0, 0]) for n in range(20)]
+    good = [result(n, [3.0, 2.0, 1.0], [1, 0, 0]) for n in range(20)]
+    poor = [result(n, [1.0, 2.0, 3.0], [1, 0, 0]) for n in range(20)]
 
     def verdict(count: int) -> str:
         found = {"model": good[:count], "raw": poor[:count]}
-        return summary.summarize(found, group_by="kind", num_samples=50)["verdict"]
+        return summarize(found, num_samples=50)["verdict"]
 
     assert "beats the baselines" in verdict(20)
     assert verdict(19).endswith(
-        "is above this baseline; fewer than 20 subjects allow no stronger statement."
+        "is above this baseline; fewer than 20 patients allow no stronger statement."
     )
     assert "no ranking" in verdict(4)
-    swapped = summary.summarize(
-        {"model": poor, "raw": good}, group_by="kind", num_samples=50
-    )
+    swapped = summarize({"model": poor, "raw": good}, num_samples=50)
     assert "worse than this baseline" in swapped["verdict"]
-
-
-def test_training_state_marks_a_short_falling_run_as_undertrained() -> None:
-    config = smoke.get_config()
-    config.batch_size, config.reference_slices = 10, 10_000
-    lines = [
-        {
-            "step": step,
-            "validation/loss": 200.0 - step,
-            "perf/train_seconds": 0.1 * step,
-        }
-        for step in range(10, 101, 10)
-    ]
-    state = summary.training_state(config, 100, lines)
-    assert state["slices_seen"] == 1000
-    assert state["percent_of_reference"] == 10.0
-    assert state["validation_slope"] == pytest.approx(-20 / 110)
-    assert state["train_seconds"] == pytest.approx(10.0)
-    assert state["undertrained"]
-    config.reference_slices = 2000
-    assert not summary.training_state(config, 100, lines)["undertrained"]
-
-
-def test_training_state_ends_at_the_checkpoint() -> None:
-    config = smoke.get_config()
-    lines = [{"step": n, "validation/loss": float(n)} for n in (8, 9, 10, 11, 12)]
-    assert summary.training_state(config, 10, lines)["validation_slope"] > 0
-    assert summary.training_state(config, 7, lines)["validation_slope"] is None
-
-
-def test_training_state_of_a_run_that_validates_rarely_is_not_passed_over() -> None:
-    config = smoke.get_config()
-    config.batch_size, config.reference_slices = 10, 100_000
-    lines = [{"step": n, "validation/loss": 500.0 - n} for n in (100, 200, 300, 400)]
-    state = summary.training_state(config, 400, lines)  # one value in the last fifth
-    assert state["validation_slope"] == pytest.approx(-100 / 150)
-    assert state["undertrained"]
-    assert summary.training_state(config, 400, [])["undertrained"]
-    rising = [{"step": n, "validation/loss": float(n)} for n in (100, 200)]
-    assert not summary.training_state(config, 200, rising)["undertrained"]
-
-
-def test_shown_subjects_are_ordered_by_ap_or_else_by_score() -> None:
-    third = _result(9, [3.0, 2.0, 1.0], [0, 0, 1])
-
-    def shown(results: list[VolumeResult]) -> dict[str, str]:
-        chosen = summary.shown_subjects(results)
-        return {caption.split(":")[0]: caption.split("\n")[1] for caption in chosen}
-
-    assert shown([third, *_four()]) == {
-        "best": "AP 1.00",
-        "median": "AP 0.50",
-        "worst": "AP 0.33",
-    }
-    assert set(shown(_four())) == {"best", "worst"}
-    assert set(shown([third])) == {"only"}
-    healthy = [*_four()[2:], _result(7, [0.0], [0], abnormal=False)]
-    assert shown(healthy) == {
-        "highest": "score 3.5",
-        "median": "score 1",
-        "lowest": "score 0",
-    }
 
 
 def test_subject_rows_have_one_set_of_columns() -> None:
@@ -208,12 +185,136 @@ def test_subject_rows_have_one_set_of_columns() -> None:
     assert rows[2]["ap"] == ""
 
 
-def test_text_table_aligns_columns() -> None:
-    text = report.text_table(["", "AP"], [["model", "0.5"], ["raw intensity", "0.125"]])
-    lines = text.splitlines()
-    assert len({len(line) for line in lines[1:]}) == 1
-    assert lines[2].endswith("0.5")
+def test_volumes_of_one_patient_count_as_one() -> None:
+    good = [
+        result(n, [3.0, 2.0, 1.0], [1, 0, 0], patient=f"p{n % 4}") for n in range(20)
+    ]
+    poor = [
+        result(n, [1.0, 2.0, 3.0], [1, 0, 0], patient=f"p{n % 4}") for n in range(20)
+    ]
+    tables = summarize({"model": good, "raw": poor})
+    assert tables["verdict"].startswith("4 patients with annotated lesions")
+    assert set(tables["cases"]) == {f"sub-{n}" for n in range(20)}
+    assert "ap_volume_mean_interval" not in tables["scorers"]["model"]
+    five = [
+        dataclasses.replace(
+            one, info=dataclasses.replace(one.info, patient=f"p{n % 5}")
+        )
+        for n, one in enumerate(good)
+    ]
+    assert "ap_volume_mean_interval" in summarize({"model": five})["scorers"]["model"]
 
 
-def test_config_of_the_smoke_run_is_valid() -> None:
-    config_lib.validate(smoke.get_config())
+def test_intervals_hold_their_estimates_and_resample_patients() -> None:
+    rng = np.random.default_rng()
+    volumes = [
+        result(n, list(rng.random(40)), [1] * 8 + [0] * 32, patient=f"p{n // 2}")
+        for n in range(16)
+    ]
+    row = summary.metrics(volumes, RULE, num_samples=300)
+    for name in ("ap_volume_mean", "ap_pooled", "dice_healthy_fpr_volume_mean"):
+        low, high = row[f"{name}_interval"]
+        assert low <= row[name] + 0.02
+        assert row[name] - 0.02 <= high
+    doubled = summary.metrics(
+        [
+            *volumes,
+            *(
+                dataclasses.replace(
+                    one,
+                    info=dataclasses.replace(one.info, subject=f"{one.info.subject}b"),
+                )
+                for one in volumes
+            ),
+        ],
+        RULE,
+        num_samples=300,
+    )
+    # Twice the volumes of the same patients say nothing more about patients.
+    assert doubled["ap_volume_mean_interval"] == pytest.approx(
+        row["ap_volume_mean_interval"]
+    )
+    assert doubled["ap_pooled_interval"] == pytest.approx(row["ap_pooled_interval"])
+
+
+def test_histograms_stand_in_for_voxels_that_are_not_kept() -> None:
+    rng = np.random.default_rng()
+    volumes = [
+        result(n, list(np.round(rng.random(200) * 10, 1)), [1] * 20 + [0] * 180)
+        for n in range(6)
+    ]
+    exact = summarize({"model": volumes})
+    streamed = [dataclasses.replace(one, voxels=None) for one in volumes]
+    counted = summarize({"model": streamed})
+    assert (exact["pooled"], counted["pooled"]) == ("exact", "histogram")
+    for name in (
+        "ap_pooled",
+        "auroc_pooled",
+        "dice_ceiling_pooled",
+        "prevalence_pooled",
+    ):
+        found = counted["scorers"]["model"][name]  # a bin per distinct score
+        assert found == pytest.approx(exact["scorers"]["model"][name], abs=1e-9)
+
+
+def test_strata_hold_each_volume_and_each_lesion_once() -> None:
+    row = summary.metrics(_four(), RULE)
+    (load,) = row["by_load"].values()  # both lesions are below 1 ml
+    assert load["num_volumes"] == 2
+    assert load["ap_volume_mean"] == pytest.approx(0.75)
+    assert load["dice_volume_mean"] == pytest.approx(0.45)
+    sizes = row["by_lesion_size"].values()
+    assert sum(one["num_lesions"] for one in sizes) == 4
+    assert {one["recall"] for one in sizes} == {0.0, 1.0}
+    assert row["lesion_recall_healthy_fpr"] == 0.5
+    assert row["lesion_precision_healthy_fpr"] == pytest.approx(2 / 5)
+
+
+def _with_shams(scale: float) -> list[VolumeResult]:
+    real = [result(n, [scale * n, 1.0], [1, 0], patient=f"p{n}") for n in range(6)]
+    shams = [
+        result(
+            10 + n,
+            [0.5 * scale * n, 1.0],
+            [1, 0],
+            abnormal=False,
+            label="sham",
+            patient=f"p{n}",
+            extra={"sham_of": f"sub-{n}"},
+        )
+        for n in range(6)
+    ]
+    return [*real, *shams]
+
+
+def test_shams_count_in_no_figure_but_their_own() -> None:
+    volumes = _with_shams(2.0)
+    tables = summarize({"model": volumes})
+    alone = summarize({"model": volumes[:6]})
+    for name in ("ap_pooled", "ap_volume_mean", "dice_healthy_fpr_pooled"):
+        assert tables["scorers"]["model"][name] == alone["scorers"]["model"][name]
+    assert tables["scorers"]["model"]["num_volumes"] == 6
+    assert tables["healthy_reconstruction"] == {}
+    row = tables["sham"]["model"]
+    assert row["num_pairs"] == 6
+    means = [(2.0 * n + 1) / 2 for n in range(6)], [(1.0 * n + 1) / 2 for n in range(6)]
+    assert row["implant_mean"] == pytest.approx(np.mean(means[0]))
+    assert row["sham_mean"] == pytest.approx(np.mean(means[1]))
+    assert row["implant_minus_sham"] == pytest.approx(
+        np.mean(means[0]) - np.mean(means[1])
+    )
+    assert row["interval"][0] <= row["implant_minus_sham"] <= row["interval"][1]
+    assert alone["sham"] == {}
+
+
+def test_without_thresholds_there_are_threshold_free_figures_only() -> None:
+    volumes = [dataclasses.replace(one, found={}) for one in _four()]
+    row = summarize({"model": volumes}, rule=None)["scorers"]["model"]
+    assert row["ap_pooled"] == pytest.approx(0.5)
+    assert not [name for name in row if name.startswith(("dice_healthy", "lesion_"))]
+
+
+def test_percentile_is_the_share_of_healthy_scans_below() -> None:
+    assert summary.percentile(2.5, [1.0, 2.0, 3.0, 4.0]) == 50.0
+    assert summary.percentile(0.0, [1.0]) == 0.0
+    assert summary.percentile(9.0, []) == ""

@@ -12,7 +12,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from tests import runs, stores
-from uad_jax import checkpoint, cost, divergence, loop, train, workdir, writer
+from uad_jax import (
+    checkpoint,
+    cost,
+    divergence,
+    loop,
+    saved_run,
+    train,
+    workdir,
+    writer,
+)
 from uad_jax import mesh as mesh_lib
 from uad_jax.config import ExperimentConfig, WarmStart
 from uad_jax.data import pipeline, sources
@@ -239,12 +248,12 @@ def test_load_model_gives_the_averaged_parameters_on_any_mesh(
 ) -> None:
     config = runs.scale_config(store)
     state = runs.final_state(config, finished, mesh1)
-    method, model, step = train.load_model(config, finished, mesh=mesh8)
+    method, model, step = saved_run.load_model(config, finished, mesh=mesh8)
     assert step == 8
     assert method.inputs.num_slices is None
     runs.assert_equal(jax.tree.map(np.asarray, model), state.for_eval())
     assert model.params["net"]["gain"].sharding == mesh_lib.replicated(mesh8)
-    assert train.load_model(config, finished, 4, mesh1)[2] == 4
+    assert saved_run.load_model(config, finished, 4, mesh1)[2] == 4
 
 
 def test_warm_start_begins_with_the_other_runs_parameters(
@@ -255,8 +264,8 @@ def test_warm_start_begins_with_the_other_runs_parameters(
     )
     config.train.warm_start = [WarmStart(workdir=str(finished), step=8)]
     train.train(config, tmp_path / "run", mesh=mesh1)
-    _, ours, _ = train.load_model(config, tmp_path / "run", mesh=mesh1)
-    _, theirs, _ = train.load_model(config, finished, 8, mesh1)
+    _, ours, _ = saved_run.load_model(config, tmp_path / "run", mesh=mesh1)
+    _, theirs, _ = saved_run.load_model(config, finished, 8, mesh1)
     np.testing.assert_allclose(
         ours.params["net"]["gain"], theirs.params["net"]["gain"], rtol=1e-6
     )
@@ -289,7 +298,7 @@ def test_full_evaluations_see_the_complete_checkpoint_of_their_step(
     seen = []
 
     def evaluate(step: int) -> dict[str, float]:
-        _, _, restored = train.load_model(config, tmp_path / "run", step, mesh1)
+        _, _, restored = saved_run.load_model(config, tmp_path / "run", step, mesh1)
         seen.append(restored)
         return {"test/ap": step / 10}
 

@@ -90,6 +90,9 @@ class EvaluationConfig:
       healthy_fpr: Operating voxel false-positive rate on healthy validation scans.
       bootstrap_samples: Resamplings of the subjects for intervals.
       export_maps: Whether anomaly maps are written as NIfTI.
+      exact_voxels: Scores that may be held in memory (5 bytes each). A larger set,
+        counted over all scorers with and without post-processing, gets its pooled
+        figures from histograms, and is validated one scorer at a time.
       sets: Name -> set. Empty = {"test": EvaluationSet()}. Names are those of files.
     """
 
@@ -97,6 +100,7 @@ class EvaluationConfig:
     healthy_fpr: float = 0.05
     bootstrap_samples: int = 1000
     export_maps: bool = False
+    exact_voxels: int = 400_000_000
     sets: dict[str, EvaluationSet] = dataclasses.field(default_factory=dict)
 
 

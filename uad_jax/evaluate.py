@@ -1,22 +1,36 @@
 """Evaluates a checkpoint: scores, thresholds, metrics, baselines, maps, report."""
 
+import contextlib
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 
-from uad_jax import evaluation, figures, scoring, summary
+from uad_jax import (
+    calibrating,
+    drawing,
+    evaluation,
+    export,
+    saved_run,
+    scoring,
+    segmentations,
+    summary,
+)
+from uad_jax import mesh as mesh_lib
 from uad_jax import results as results_lib
+from uad_jax.calibrating import Calibrations
 from uad_jax.config import ExperimentConfig
 from uad_jax.data.sources import VolumeInfo
-from uad_jax.evaluation import GROUP_BY, Context
-from uad_jax.metrics import baselines, calibration, postprocess
-from uad_jax.scoring import Scorer, VolumeResult
+from uad_jax.evaluation import Context, Scales
+from uad_jax.measuring import VolumeResult
+from uad_jax.metrics import baselines
+from uad_jax.saved_run import SavedRun
+from uad_jax.scoring import Program, Scorer, Stage
 
 
 def evaluate(
@@ -31,9 +45,9 @@ def evaluate(
 
     Args:
       config: The run's config.
-      workdir: The run. Gets `calibration/<step>/<protocol>.json`,
-        `results/<set>.json`, `results/<set>_subjects.csv`, `report.html` (of sets
-        other than "test": `report_<set>.html`) and, if asked for, `maps/<set>/`.
+      workdir: The run. Gets `calibration/<step>/`, `results/<set>.json`,
+        `results/<set>_subjects.csv`, `results/<set>_found.npz`, `report.html` (of
+        sets other than "test": `report_<set>.html`) and, if asked for, `maps/<set>/`.
       step: Checkpoint; None = the best, or the latest of a run without validation.
       mesh: Devices; None = all.
       progress: Whether to show a progress bar.
@@ -46,11 +60,39 @@ def evaluate(
         scans that the model was trained on.
       workdir.WorkdirError: If config or recipe are not those of the training.
     """
-    results = {}
-    for context, scorer in evaluation.opened(config, workdir, step, mesh, progress):
-        logging.info("Evaluating step %d on %s.", context.step, context.name)
-        results[context.name] = _evaluate_set(context, scorer)
-    return results
+    evaluation.refuse_several_processes()
+    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    with saved_run.opened(config, workdir, mesh) as run:
+        step = run.default_step() if step is None else step
+        found = evaluation.contexts(config, workdir, step, mesh, progress)
+        model = model_scorer(run, step, program(run, mesh))
+        results = {}
+        for context in found:
+            logging.info("Evaluating step %d on %s.", step, context.name)
+            scorer = model(context)
+            results[context.name] = evaluate_set(context, scorer)
+        return results
+
+
+def program(run: SavedRun, mesh: jax.sharding.Mesh) -> Program:
+    """Compiles the run's score, once for all its checkpoints."""
+    return scoring.program(run.config.name, run.method, mesh)
+
+
+def model_scorer(
+    run: SavedRun, step: int, compiled: Program
+) -> Callable[[Context], Scorer]:
+    """Restores one checkpoint; returns a function from context to scorer."""
+    model = run.model(step)
+    key = jax.random.key(run.config.seed)
+
+    def scorer(context: Context) -> Scorer:
+        protocol = context.evaluation_set.protocol
+        return scoring.method_scorer(
+            run.config.name, run.method, compiled, model, key, protocol
+        )
+
+    return scorer
 
 
 def figures_of_step(
@@ -87,56 +129,93 @@ def calibrate(
                 workdir,
             )
         return False
-    try:
-        for context, scorer in evaluation.opened(config, workdir, None, None, progress):
-            if context.calibration_path.exists():
+    mesh = mesh_lib.make_mesh()
+    with saved_run.opened(config, workdir, mesh) as run:
+        try:
+            compiled = program(run, mesh)
+        except scoring.PretrainingStage:
+            logging.info("A pretraining stage scores nothing: there are no thresholds.")
+            return False
+        step = run.default_step()
+        scorer = model_scorer(run, step, compiled)
+        for context in evaluation.contexts(config, workdir, step, mesh, progress):
+            if context.calibration_path(Stage.PROCESSED).exists():
                 continue  # of this very step: fixed before, perhaps with baselines
-            if not _healthy(context.select(context.training_store, "val")):
-                logging.warning("No healthy validation scans: no thresholds yet.")
+            if not calibrating.calibrate(context, [scorer(context)]):
                 return False
-            _calibrate(context, [scorer])
-    except scoring.PretrainingStage:
-        logging.info("A pretraining stage scores nothing: there are no thresholds.")
-        return False
     return True
 
 
-def _evaluate_set(context: Context, scorer: Scorer) -> dict[str, Any]:
-    start = time.monotonic()
-    test = context.select(context.store, context.evaluation_set.split)
+def evaluate_set(
+    context: Context, scorer: Scorer, *, alone: bool = False
+) -> dict[str, Any]:
+    """Evaluates one scorer on one set and writes what it found.
+
+    Args:
+      context: The evaluation.
+      scorer: The model, or maps made elsewhere.
+      alone: Without baselines, unprocessed maps, pictures and files: the figures of
+        one of many checkpoints.
+
+    Returns:
+      The results, as in the JSON file (where NaN is null).
+
+    Raises:
+      ValueError: If the set is empty or holds scans that the model was trained on.
+    """
+    watch = {"begin": time.monotonic()}
+    test = _checked(context)
+    stages = (Stage.PROCESSED,) if alone else tuple(Stage)
+    scorers = [scorer] if alone else [scorer, *_baselines(context)]
+    calibrations = calibrating.calibrate(context, scorers, stages)
+    watch["calibrate"] = time.monotonic()
+    scales = calibrating.scales(context, calibrations, scorer.name)
+    found = _score(context, scorers, test, scales, stages, alone)
+    watch["score"] = time.monotonic()
+    results = {
+        "run": results_lib.run_facts(context),
+        "set": results_lib.set_facts(context, found[Stage.PROCESSED][scorer.name]),
+        "operating": calibrating.operating(context, scales, scorer.name),
+        "thresholds": results_lib.threshold_rows(context, calibrations, scorer.name),
+        **summary.summarize(
+            found,
+            group_by=evaluation.GROUP_BY,
+            num_samples=context.settings.bootstrap_samples,
+            rule=calibrating.operating(context, scales, scorer.name)["rule"],
+        ),
+    }
+    watch["summarize"] = time.monotonic()
+    if alone:
+        return results
+    chosen = drawing.chosen(found[Stage.PROCESSED][scorer.name])
+    cases = _cases(context, scorer, chosen, scales, calibrations)
+    drawn = drawing.draw(context, found, cases)
+    watch["draw"] = time.monotonic()
+    results["run"] |= _timings(watch)
+    calibrated = calibrations.get((scorer.name, Stage.PROCESSED))
+    results_lib.write(context, results, found, calibrated, drawn)
+    return results
+
+
+def _timings(watch: Mapping[str, float]) -> dict[str, Any]:
+    names, times = list(watch), list(watch.values())
+    seconds = {
+        name: round(after - before, 2)
+        for name, before, after in zip(names[1:], times, times[1:], strict=False)
+    }
+    whole = round(times[-1] - times[0], 1)
+    return {"timings": seconds, "evaluation_seconds": whole}
+
+
+def _checked(context: Context) -> list[VolumeInfo]:
+    test = context.test
     if not test:
         raise ValueError(
             f"Set {context.name!r}: the store has no {context.evaluation_set.split} "
             "volumes. Give the manifest a `split` column, or choose another split."
         )
     _check_unseen(context, test)
-    scorers = [scorer, *_baselines(context)]
-    calibrations = _calibrate(context, scorers)
-    thresholds = {
-        name: _thresholds(context, calibrated)
-        for name, calibrated in calibrations.items()
-    }
-    found: dict[str, list[VolumeResult]] = {one.name: [] for one in scorers}
-    for one, result, arrays in evaluation.score(
-        context, scorers, context.store, test, thresholds, "Testing"
-    ):
-        found[one.name].append(result)
-        if one is scorer and context.config.evaluation.export_maps:
-            results_lib.write_map(context, result.info, arrays)
-    results = {
-        "run": results_lib.run_facts(context),
-        "set": results_lib.set_facts(context, found[scorer.name]),
-        "thresholds": results_lib.threshold_rows(context, calibrations[scorer.name]),
-        **summary.summarize(
-            found,
-            group_by=GROUP_BY,
-            num_samples=context.config.evaluation.bootstrap_samples,
-        ),
-    }
-    results["run"]["evaluation_seconds"] = round(time.monotonic() - start, 1)
-    cases = _shown_cases(context, scorer, found[scorer.name], thresholds)
-    results_lib.write(context, results, found, cases)
-    return results
+    return test
 
 
 def _check_unseen(context: Context, test: Sequence[VolumeInfo]) -> None:
@@ -153,114 +232,91 @@ def _check_unseen(context: Context, test: Sequence[VolumeInfo]) -> None:
         )
 
 
-def _healthy(infos: Sequence[VolumeInfo]) -> list[VolumeInfo]:
-    return [info for info in infos if info.label == "healthy"]
-
-
-def _annotated_abnormal(infos: Sequence[VolumeInfo]) -> list[VolumeInfo]:
-    return [info for info in infos if info.label == "abnormal" and info.annotated]
-
-
 def _baselines(context: Context) -> list[Scorer]:
     """The five baselines of every table; the atlas sees healthy training scans."""
     protocol = context.evaluation_set.protocol
     store = context.training_store
-    healthy = _healthy(context.select(store, "train"))
+    healthy = calibrating.healthy(context.select(store, "train"))
     functions: dict[str, scoring.Baseline] = dict(baselines.UNFITTED)
-    atlas = baselines.fit_atlas(evaluation.images(context, store, healthy))
-    functions["atlas-z"] = functools.partial(baselines.atlas_z, atlas)
+    if len(healthy) >= baselines.ATLAS_VOLUMES:
+        atlas = baselines.fit_atlas(evaluation.images(context, store, healthy))
+        functions["atlas-z"] = functools.partial(baselines.atlas_z, atlas)
+    else:
+        logging.warning(
+            "%s has %d healthy training scans: the table has no atlas-z, which needs "
+            "%d.",
+            store.path,
+            len(healthy),
+            baselines.ATLAS_VOLUMES,
+        )
     return [
         scoring.baseline_scorer(name, function, protocol)
         for name, function in functions.items()
     ]
 
 
-def _calibrate(
-    context: Context, scorers: Sequence[Scorer]
-) -> dict[str, calibration.Calibration]:
-    """Fixes thresholds on validation scans, before any test scan is scored.
-
-    Healthy scans come from the training store, annotated lesions from the set's.
-    """
-    parts = (
-        (context.training_store, _healthy),
-        (context.store, _annotated_abnormal),
+def _score(
+    context: Context,
+    scorers: Sequence[Scorer],
+    test: Sequence[VolumeInfo],
+    scales: Scales,
+    stages: Sequence[Stage],
+    alone: bool,
+) -> dict[Stage, dict[str, list[VolumeResult]]]:
+    """Scores the set: stage -> scorer -> results; writes segmentations and maps."""
+    found: dict[Stage, dict[str, list[VolumeResult]]] = {
+        stage: {one.name: [] for one in scorers} for stage in stages
+    }
+    brain = sum(sum(info.brain_voxels) for info in test)
+    exact = brain * len(scorers) * len(stages) <= context.settings.exact_voxels
+    scored = evaluation.score(
+        context,
+        scorers,
+        context.store,
+        test,
+        scales,
+        "Testing",
+        stages=stages,
+        voxels=exact or (scorers[0].name, Stage.PROCESSED) not in scales,
     )
-    nothing: dict[str, dict[str, float]] = {one.name: {} for one in scorers}
-    found: dict[str, list[VolumeResult]] = {one.name: [] for one in scorers}
-    for store, chosen in parts:
-        infos = chosen(context.select(store, "val"))
-        for one, result, _ in evaluation.score(
-            context, scorers, store, infos, nothing, "Calibrating"
-        ):
-            found[one.name].append(result)
-    rate = context.config.evaluation.healthy_fpr
-    entries = {}
-    for name, results in found.items():
-        healthy = [result for result in results if not result.abnormal]
-        entries[name] = calibration.calibrate(
-            [result.voxels for result in healthy],
-            [result.voxels for result in results if result.abnormal],
-            [result.volume_score for result in healthy],
-            rates=sorted({*calibration.HEALTHY_RATES, rate}),
-        )
-    calibration.save(context.calibration_path, entries)
-    return entries
+    operating = calibrating.operating(context, scales, scorers[0].name)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if not alone and operating["rule"] is not None:
+            facts = results_lib.segmentation_facts(context, test, operating)
+            path = context.workdir / "results" / f"{context.name}_found.npz"
+            writer = stack.enter_context(segmentations.create(path, facts))
+        for one in scored:
+            for stage, result in one.results.items():
+                found[stage][one.scorer.name].append(result)
+            if one.scorer is not scorers[0] or alone:
+                continue
+            info = one.results[Stage.PROCESSED].info
+            if writer is not None:
+                writer.add(info.subject, one.segmentations[operating["rule"]])
+            if context.settings.export_maps:
+                export.write(context, info, one.arrays)
+    return found
 
 
-def _thresholds(
-    context: Context, calibrated: calibration.Calibration
-) -> dict[str, float]:
-    """Name -> threshold of every rule that validation scans allow.
-
-    On the validation scans themselves a threshold of best Dice would be tuned on
-    what it is measured on, so there is none.
-    """
-    rate = context.config.evaluation.healthy_fpr
-    thresholds = {"healthy_fpr": calibrated.healthy_threshold(rate)}
-    tuned_on_it = context.evaluation_set.split == "val"
-    if calibrated.validated is not None and not tuned_on_it:
-        thresholds["validated"] = calibrated.validated
-    return thresholds
-
-
-def _shown_cases(
+def _cases(
     context: Context,
     scorer: Scorer,
-    found: Sequence[VolumeResult],
-    thresholds: dict[str, dict[str, float]],
-) -> list[figures.Case]:
+    chosen: Mapping[str, VolumeResult],
+    scales: Scales,
+    calibrations: Calibrations,
+) -> list[drawing.Case]:
     """Scores the subjects to show once more, this time keeping their pictures."""
-    chosen = summary.shown_subjects(found)
     infos = [result.info for result in chosen.values()]
     arrays = {
-        result.info.uid: shown
-        for _, result, shown in evaluation.score(
-            context, [scorer], context.store, infos, thresholds, "Drawing"
+        one.results[Stage.PROCESSED].info.uid: one
+        for one in evaluation.score(
+            context, [scorer], context.store, infos, scales, "Drawing", pictures=True
         )
     }
-    rules = thresholds[scorer.name]
-    threshold = rules.get(
-        context.evaluation_set.threshold_from.value, rules["healthy_fpr"]
-    )
-    cases = []
-    for caption, result in chosen.items():
-        shown = arrays[result.info.uid]
-        kind = result.info.extra.get(GROUP_BY, result.info.label)
-        reconstruction = shown.reconstruction
-        cases.append(
-            figures.Case(
-                title=f"{caption}, {kind}",
-                image=shown.image[..., 0],
-                reconstruction=None
-                if reconstruction is None
-                else reconstruction[..., 0],
-                anomaly_map=results_lib.map_to_show(shown),
-                found=postprocess.predict(
-                    shown.anomaly_map, shown.eroded, threshold, scorer.protocol
-                ),
-                lesion=shown.lesion if result.annotated else None,
-                brain=shown.brain,
-            )
-        )
-    return cases
+    calibrated = calibrations.get((scorer.name, Stage.PROCESSED))
+    rule = calibrating.operating(context, scales, scorer.name)["rule"]
+    return [
+        drawing.case(caption, result, arrays[result.info.uid], rule, calibrated)
+        for caption, result in chosen.items()
+    ]

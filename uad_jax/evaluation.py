@@ -1,25 +1,32 @@
 """What the steps of an evaluation share: the run, the set, and its volumes."""
 
+import collections
+import concurrent.futures
 import dataclasses
+import hashlib
+import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
 from uad_jax import config as config_lib
-from uad_jax import mesh as mesh_lib
-from uad_jax import scoring, train
+from uad_jax import measuring, scoring
 from uad_jax import workdir as workdir_lib
-from uad_jax.config import EvaluationSet, ExperimentConfig
+from uad_jax.config import EvaluationConfig, EvaluationSet, ExperimentConfig
 from uad_jax.data import pipeline
 from uad_jax.data.config import DataConfig
 from uad_jax.data.sources import Store, VolumeInfo
-from uad_jax.scoring import Scorer, VolumeArrays, VolumeResult
+from uad_jax.measuring import Scale, VolumeResult, Wanted
+from uad_jax.scoring import Scorer, Stage, VolumeArrays
 
 DEFAULT_SET = "test"  # its report is report.html, that of others report_<set>.html
 GROUP_BY = "kind"  # manifest column that splits the table, where the store has it
+
+Scales = Mapping[tuple[str, Stage], Scale]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,89 +34,62 @@ class Context:
     """What the steps of one evaluation share.
 
     Attributes:
-      config: The run's config.
-      evaluation_set: What to evaluate on, and how.
+      scorer: Name of what is evaluated; the baselines come beside it.
       name: Name of the set.
-      workdir: The run.
-      step: The checkpoint.
-      training_store: Store that the run was trained on.
+      evaluation_set: What to evaluate on, and how.
+      settings: Batch size, rates, resamplings.
+      data: The modalities by name, for stores with more, and the fold.
+      workdir: Where results go; the run, if one is evaluated.
+      step: The checkpoint; None for maps made elsewhere.
+      training_store: Store of the training and validation scans.
       store: The set's own store, or the training store.
       mesh: Devices.
       progress: Whether to show progress bars.
+      config: The run's config; None for maps made elsewhere.
+      validation: Whether validation scans can be scored, for thresholds.
     """
 
-    config: ExperimentConfig
-    evaluation_set: EvaluationSet
+    scorer: str
     name: str
+    evaluation_set: EvaluationSet
+    settings: EvaluationConfig
+    data: DataConfig
     workdir: pathlib.Path
-    step: int
+    step: int | None
     training_store: Store
     store: Store
     mesh: jax.sharding.Mesh
     progress: bool
+    config: ExperimentConfig | None = None
+    validation: bool = True
 
     def select(self, store: Store, split: str) -> list[VolumeInfo]:
         """The volumes of one split that have the model's modalities."""
         return pipeline.select(store, self.data, split)
 
     @property
-    def data(self) -> DataConfig:
-        """The data config with the model's channels by name, for stores with more."""
-        names = self.config.data.modalities or ",".join(self.training_store.modalities)
-        return dataclasses.replace(self.config.data, modalities=names)
+    def test(self) -> list[VolumeInfo]:
+        """The volumes of the set."""
+        return self.select(self.store, self.evaluation_set.split)
 
-    @property
-    def calibration_path(self) -> pathlib.Path:
+    def calibration_path(self, stage: Stage) -> pathlib.Path:
         """The thresholds' file; a set with its own store has its own."""
         name = self.evaluation_set.protocol.value
+        if stage is Stage.UNPROCESSED:
+            name += "_unprocessed"
         if self.evaluation_set.store:
-            name = f"{name}_{self.name}"
-        return self.workdir / "calibration" / str(self.step) / f"{name}.json"
+            name += f"_{self.name}"
+        step = "maps" if self.step is None else str(self.step)
+        return self.workdir / "calibration" / step / f"{name}.json"
 
-
-def opened(
-    config: ExperimentConfig,
-    workdir: pathlib.Path,
-    step: int | None,
-    mesh: jax.sharding.Mesh | None,
-    progress: bool,
-) -> Iterator[tuple[Context, Scorer]]:
-    """Restores the model once and opens every set.
-
-    Raises:
-      ValueError: If the config cannot work, or in a job of several processes.
-      workdir.WorkdirError: If config or recipe are not those of the training.
-    """
-    config_lib.validate(config)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"Evaluation runs in one process, and this job has {jax.process_count()}. "
-            "Start run.py evaluate without --distributed."
+    def fingerprint(self, infos: Sequence[VolumeInfo]) -> str:
+        """Identifies what is measured and how: equal ones share a table."""
+        lines = sorted(
+            f"{info.subject} {info.patient} {info.label} {info.content}"
+            for info in infos
         )
-    workdir_lib.refuse_another_config(workdir, config_lib.to_dict(config))
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    method, model, step = train.load_model(config, workdir, step, mesh)
-    key = jax.random.key(config.seed)
-    training_store = Store.open(pathlib.Path(config.data.store))
-    workdir_lib.refuse_another_recipe(workdir, training_store.recipe)
-    for name, evaluation_set in sets(config).items():
-        context = Context(
-            config=config,
-            evaluation_set=evaluation_set,
-            name=name,
-            workdir=workdir,
-            step=step,
-            training_store=training_store,
-            store=_open_store(config, training_store, evaluation_set),
-            mesh=mesh,
-            progress=progress,
-        )
-        yield (
-            context,
-            scoring.method_scorer(
-                config.name, method, model, key, evaluation_set.protocol, mesh
-            ),
-        )
+        lines += [self.evaluation_set.protocol.value, self.data.modalities]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def sets(config: ExperimentConfig) -> dict[str, EvaluationSet]:
@@ -120,6 +100,56 @@ def sets(config: ExperimentConfig) -> dict[str, EvaluationSet]:
 def set_of_store(store: str) -> dict[str, EvaluationSet]:
     """The test split of another store as the only set, named after its folder."""
     return {pathlib.Path(store).resolve().name: EvaluationSet(store=store)}
+
+
+def refuse_several_processes() -> None:
+    """Makes sure that this is the only process of its job.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"Evaluation runs in one process, and this job has {jax.process_count()}. "
+            "Start run.py evaluate without --distributed."
+        )
+
+
+def contexts(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    step: int,
+    mesh: jax.sharding.Mesh,
+    progress: bool,
+) -> list[Context]:
+    """Opens every set of a run.
+
+    Raises:
+      ValueError: If the config cannot work, or a store does not fit.
+      workdir.WorkdirError: If config or recipe are not those of the training.
+    """
+    config_lib.validate(config)
+    workdir_lib.refuse_another_config(workdir, config_lib.to_dict(config))
+    store = Store.open(pathlib.Path(config.data.store))
+    workdir_lib.refuse_another_recipe(workdir, store.recipe)
+    names = config.data.modalities or ",".join(store.modalities)
+    return [
+        Context(
+            scorer=config.name,
+            name=name,
+            evaluation_set=evaluation_set,
+            settings=config.evaluation,
+            data=dataclasses.replace(config.data, modalities=names),
+            workdir=workdir,
+            step=step,
+            training_store=store,
+            store=_open_store(config, store, evaluation_set),
+            mesh=mesh,
+            progress=progress,
+            config=config,
+        )
+        for name, evaluation_set in sets(config).items()
+    ]
 
 
 def _open_store(
@@ -150,7 +180,7 @@ def batches(
 
     The last batch is padded, so that nothing is compiled twice and nothing dropped.
     """
-    size = -(-context.config.evaluation.batch_size // context.mesh.size)
+    size = -(-context.settings.batch_size // context.mesh.size)
     for volumes, labels, rows in pipeline.volume_batches(
         store,
         infos,
@@ -171,38 +201,88 @@ def images(
             yield images[row, ..., 0], masks[row, ..., 0]
 
 
+class Scored(NamedTuple):
+    """One volume, scored by one scorer.
+
+    Attributes:
+      scorer: By what.
+      results: Stage -> what is kept.
+      arrays: Its arrays.
+      segmentations: Rule -> [d, H, W] bool, of the processed map.
+    """
+
+    scorer: Scorer
+    results: dict[Stage, VolumeResult]
+    arrays: VolumeArrays
+    segmentations: dict[str, np.ndarray]
+
+
 def score(
     context: Context,
     scorers: Sequence[Scorer],
     store: Store,
     infos: Sequence[VolumeInfo],
-    thresholds: dict[str, dict[str, float]],
+    scales: Scales,
     title: str,
-) -> Iterator[tuple[Scorer, VolumeResult, VolumeArrays]]:
+    *,
+    stages: Sequence[Stage] = (Stage.PROCESSED,),
+    voxels: bool = False,
+    pictures: bool = False,
+) -> Iterator[Scored]:
     """Scores volumes with every scorer, each batch read once.
+
+    Volumes are measured in threads while the devices score the next ones; at most
+    two batches of arrays are alive.
 
     Args:
       context: The evaluation.
       scorers: What to score with.
       store: Where the volumes are.
       infos: The volumes.
-      thresholds: Scorer -> rule -> threshold to segment at.
+      scales: (scorer, stage) -> thresholds and histogram edges; absent = neither.
       title: Of the progress bar.
-
-    Yields:
-      Scorer, result and arrays of each volume.
+      stages: Which maps to measure.
+      voxels: Whether the results keep all voxels.
+      pictures: Whether the arrays hold images and reconstructions.
     """
+
+    def measure(scorer: Scorer, info: VolumeInfo, arrays: VolumeArrays) -> Scored:
+        measured = {
+            stage: measuring.measure(
+                info,
+                arrays,
+                stage,
+                scorer.protocol_of(stage),
+                scales.get((scorer.name, stage), measuring.UNSCALED),
+                Wanted(voxels=voxels, lesions=stage is Stage.PROCESSED),
+            )
+            for stage in stages
+        }
+        return Scored(
+            scorer,
+            {stage: one.result for stage, one in measured.items()},
+            arrays,
+            measured[stages[0]].segmentations,
+        )
+
     bar = tqdm.tqdm(
-        total=len(infos),
+        total=len(infos) * len(scorers),
         desc=title,
-        unit="volume",
+        unit="map",
         disable=None if context.progress and infos else True,  # None: on a terminal
     )
-    with bar:
+    waiting: collections.deque[concurrent.futures.Future[Scored]] = collections.deque()
+    with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for volumes, labels, rows in batches(context, store, infos):
             for scorer in scorers:
-                for result, arrays in scoring.score_volumes(
-                    scorer, volumes, labels, rows, thresholds[scorer.name]
-                ):
-                    yield scorer, result, arrays
-            bar.update(len(rows))
+                found = scoring.score_volumes(
+                    scorer, volumes, labels, len(rows), stages, pictures=pictures
+                )
+                before = len(waiting)
+                for info, arrays in zip(rows, found, strict=True):
+                    waiting.append(pool.submit(measure, scorer, info, arrays))
+                for _ in range(before):
+                    yield waiting.popleft().result()
+                bar.update(len(rows))
+        while waiting:
+            yield waiting.popleft().result()

@@ -3,26 +3,29 @@
 import csv
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import logging
 
 from uad_jax import config as config_lib
-from uad_jax import environment, evaluation, figures, report, summary, writer
+from uad_jax import environment, evaluation, report, summary, training_state, writer
 from uad_jax import workdir as workdir_lib
-from uad_jax.data import geometry, nifti
+from uad_jax.calibrating import Calibrations
 from uad_jax.data.sources import VolumeInfo
 from uad_jax.evaluation import GROUP_BY, Context
-from uad_jax.metrics import calibration
-from uad_jax.scoring import VolumeArrays, VolumeResult
+from uad_jax.measuring import VolumeResult
+from uad_jax.metrics.calibration import Calibration
+from uad_jax.scoring import Stage
 
 
 def threshold_rows(
-    context: Context, calibrated: calibration.Calibration
+    context: Context, calibrations: Calibrations, scorer: str
 ) -> list[dict[str, Any]]:
-    """The thresholds of the model, with where they come from, for the report."""
+    """The thresholds of a scorer, with where they come from, for the report."""
+    calibrated = calibrations.get((scorer, Stage.PROCESSED))
+    if calibrated is None:
+        return []
     rows = [
         {
             "rule": f"healthy false-positive rate {100 * rate:g} %",
@@ -31,9 +34,7 @@ def threshold_rows(
         }
         for rate, value in sorted(calibrated.healthy_fpr.items())
     ]
-    value, source = calibrated.validated_or_healthy(
-        context.config.evaluation.healthy_fpr
-    )
+    value, source = calibrated.validated_or_healthy(context.settings.healthy_fpr)
     rows.append({"rule": "validated", "value": value, "source": source})
     return rows
 
@@ -41,16 +42,46 @@ def threshold_rows(
 def run_facts(context: Context) -> dict[str, Any]:
     """What was evaluated: config, environment, data, and how far it was trained."""
     config = context.config
-    lines = writer.read_metrics(context.workdir)
-    return {
-        "name": config.name,
-        "method": type(config.method).__name__,
+    facts: dict[str, Any] = {
+        "name": context.scorer,
+        "source": "maps",
+        "method": "maps made elsewhere",
         "step": context.step,
-        "seed": config.seed,
+        "seed": None,
         "environment": without_folders(environment.describe()),
         "data_fingerprint": context.store.fingerprint,
+        "config": None,
+        "training": None,
+    }
+    if config is None or context.step is None:
+        return facts
+    lines = writer.read_metrics(context.workdir)
+    return facts | {
+        "source": "checkpoint",
+        "method": type(config.method).__name__,
+        "seed": config.seed,
         "config": without_folders(config_lib.to_dict(config)),
-        "training": summary.training_state(config, context.step, lines),
+        "training": training_state.training_state(config, context.step, lines),
+    }
+
+
+def segmentation_facts(
+    context: Context, infos: Sequence[VolumeInfo], operating: Mapping[str, Any]
+) -> dict[str, str]:
+    """What a reader of the segmentations needs; the store's folder is this machine's.
+
+    Args:
+      context: The evaluation.
+      infos: The volumes.
+      operating: Rule and threshold.
+    """
+    return {
+        "store": str(context.store.path.absolute()),
+        "split": context.evaluation_set.split,
+        "modalities": context.data.modalities,
+        "rule": str(operating["rule"]),
+        "threshold": repr(operating["threshold"]),
+        "fingerprint": context.fingerprint(infos),
     }
 
 
@@ -101,8 +132,12 @@ def set_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]
         "licences": sorted({result.info.licence for result in found} - {""}),
         "num_volumes": len(found),
         "num_abnormal": len(abnormal),
-        "num_healthy": len(found) - len(abnormal),
+        "num_healthy": sum(result.healthy for result in found),
+        "num_sham": sum(result.sham for result in found),
         "num_annotated_abnormal": sum(result.annotated for result in abnormal),
+        "num_patients": len({result.info.patient for result in found}),
+        "fingerprint": context.fingerprint([result.info for result in found]),
+        "voxel_ml": found[0].voxel_ml,
     }
 
 
@@ -112,60 +147,54 @@ def data_kind(found: Sequence[VolumeResult]) -> str:
     return ", ".join(sorted(kinds - {""})) or "as given"
 
 
-def write_map(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> None:
-    """Writes one anomaly map on the grid of the scan it was made from."""
-    folder = context.workdir / "maps" / context.name
-    folder.mkdir(parents=True, exist_ok=True)
-    inside = map_to_show(arrays)
-    native = geometry.to_native(inside, info.geometry)
-    nifti.write_map(
-        folder / f"{info.subject}_desc-anomaly_map.nii.gz", native, info.geometry
-    )
-
-
-def map_to_show(arrays: VolumeArrays) -> np.ndarray:
-    """The map with 0, or its lowest score if that is lower, outside the brain."""
-    lowest = min(0.0, float(arrays.anomaly_map.min()))
-    return np.where(arrays.eroded, arrays.anomaly_map, lowest).astype(np.float32)
-
-
 def write(
     context: Context,
     results: dict[str, Any],
-    found: dict[str, list[VolumeResult]],
-    cases: Sequence[figures.Case],
+    found: Mapping[Stage, summary.Results],
+    calibrated: Calibration | None,
+    drawn: Mapping[str, bytes],
 ) -> None:
     """Writes `results/<set>.json`, `results/<set>_subjects.csv` and the report.
 
     Args:
       context: The evaluation.
       results: The content of the JSON file.
-      found: Scorer -> results; the model comes first.
-      cases: Subjects to show.
+      found: Stage -> scorer -> results; what is evaluated comes first.
+      calibrated: Calibration of what is evaluated, for percentiles.
+      drawn: Figure -> PNG.
     """
     folder = context.workdir / "results"
     workdir_lib.write_json(folder / f"{context.name}.json", without_nan(results))
-    _write_subjects(folder / f"{context.name}_subjects.csv", found)
-    drawn = summary.draw_curves(found, writer.read_metrics(context.workdir))
-    if cases:
-        limit = max(float(np.quantile(case.anomaly_map, 0.998)) for case in cases)
-        drawn["cases"] = figures.case_panels(cases, limit)
+    rows = subject_rows(found[Stage.PROCESSED], context.scorer, calibrated)
+    write_table(folder / f"{context.name}_subjects.csv", rows)
     own = context.name == evaluation.DEFAULT_SET
     page = "report.html" if own else f"report_{context.name}.html"
     report.write(context.workdir / page, results, drawn)
     logging.info("Report: %s", context.workdir / page)
 
 
-def _write_subjects(path: pathlib.Path, found: dict[str, list[VolumeResult]]) -> None:
-    """One row per subject and scorer."""
-    rows = [
-        {"scorer": name, **summary.subject_row(result)}
-        for name, results in found.items()
-        for result in results
-    ]
+def subject_rows(
+    found: summary.Results, scorer: str, calibrated: Calibration | None
+) -> list[dict[str, Any]]:
+    """One row per scorer and subject; percentiles of what is evaluated only."""
+    rows = []
+    for name, results in found.items():
+        scores: Sequence[float] = ()
+        if name == scorer and calibrated is not None:
+            scores = calibrated.healthy_volume_scores
+        rows += [
+            {"scorer": name, **summary.subject_row(one, scores)} for one in results
+        ]
+    return rows
+
+
+def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as CSV, atomically; a field that a row lacks stays empty."""
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".csv.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]))
+        table = csv.DictWriter(file, fieldnames=fields, restval="")
         table.writeheader()
         table.writerows(rows)
     temporary.replace(path)

@@ -1,7 +1,8 @@
-"""Scores volumes with a method or a baseline and keeps what metrics need."""
+"""Scores batches of volumes with a method or a baseline, and post-processes them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import enum
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from uad_jax import mesh as mesh_lib
-from uad_jax.data.sources import VolumeInfo
 from uad_jax.methods.base import Method
-from uad_jax.metrics import postprocess, voxel
+from uad_jax.metrics import postprocess
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.ops import filters, intensity
 from uad_jax.types import Key, Labels, ModelState, Scores, Volumes
+
+Program = Callable[[ModelState, Volumes, Key], Scores]  # a jitted `Method.score`
 
 # A baseline: (image [D, H, W] float32, brain [D, H, W] bool) -> map [D, H, W] float32.
 Baseline = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -22,6 +24,13 @@ Baseline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 class PretrainingStage(ValueError):
     """The method has no scores; another method starts from it."""
+
+
+class Stage(enum.Enum):
+    """Which maps are measured; the values name their tables in the results."""
+
+    PROCESSED = "scorers"  # by the set's protocol
+    UNPROCESSED = "unprocessed"  # as the method made them, inside the brain mask
 
 
 class Scorer(NamedTuple):
@@ -37,58 +46,49 @@ class Scorer(NamedTuple):
     score: Callable[[Volumes], Scores]
     protocol: Protocol
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VolumeResult:
-    """What is kept of one scored volume.
-
-    Attributes:
-      info: The volume.
-      voxels: Post-processed scores inside the eroded brain, and their truth; the
-        rest of the brain, and lesion outside it, rank lowest.
-      annotated: Whether the truth is an annotation.
-      abnormal: Volume-level label.
-      slice_score: Of the slices with brain, [d] float32.
-      slice_lesion: Which of them hold lesion, [d] bool.
-      volume_score: Of the whole volume.
-      dice: Dice at each threshold, after removal of small components if the protocol
-        has it; NaN if truth and prediction are both empty.
-      found_voxels: Voxels of the prediction at each threshold.
-      reconstruction: Errors of the reconstruction against the input.
-    """
-
-    info: VolumeInfo
-    voxels: voxel.VoxelScores
-    annotated: bool
-    abnormal: bool
-    slice_score: np.ndarray
-    slice_lesion: np.ndarray
-    volume_score: float
-    dice: dict[str, float]
-    found_voxels: dict[str, int]
-    reconstruction: dict[str, float]
+    def protocol_of(self, stage: Stage) -> Protocol:
+        """What is done to its maps at a stage."""
+        return self.protocol if stage is Stage.PROCESSED else Protocol.NONE
 
 
 class VolumeArrays(NamedTuple):
-    """The arrays of one scored volume, for maps and figures; valid slices only."""
+    """One scored volume on the host; valid slices only.
 
-    image: np.ndarray  # [d, H, W, C]
-    brain: np.ndarray  # [d, H, W] bool
-    lesion: np.ndarray  # [d, H, W] bool
-    anomaly_map: np.ndarray  # post-processed, [d, H, W]
-    eroded: np.ndarray  # [d, H, W] bool
-    reconstruction: np.ndarray | None  # [d, H, W, C]
+    Attributes:
+      image: [d, H, W, C], or None where only the maps were asked for.
+      brain: [d, H, W] bool.
+      lesion: [d, H, W] bool.
+      scores: The map as the method made it, [d, H, W].
+      slice_score: [d] float32.
+      volume_score: Of the whole volume.
+      maps: Stage -> post-processed map, [d, H, W], and its eroded brain, bool.
+      reconstruction: [d, H, W, C], or None.
+      errors: Figures of the reconstruction; empty without one.
+    """
+
+    image: np.ndarray | None
+    brain: np.ndarray
+    lesion: np.ndarray
+    scores: np.ndarray
+    slice_score: np.ndarray
+    volume_score: float
+    maps: dict[Stage, tuple[np.ndarray, np.ndarray]]
+    reconstruction: np.ndarray | None
+    errors: dict[str, float]
+
+    @property
+    def anomaly_map(self) -> np.ndarray:
+        """The post-processed map, [d, H, W]."""
+        return self.maps[Stage.PROCESSED][0]
+
+    @property
+    def eroded(self) -> np.ndarray:
+        """The brain in which it counts, [d, H, W] bool."""
+        return self.maps[Stage.PROCESSED][1]
 
 
-def method_scorer(
-    name: str,
-    method: Method,
-    model: ModelState,
-    key: Key,
-    protocol: Protocol,
-    mesh: jax.sharding.Mesh,
-) -> Scorer:
-    """Wraps a trained method.
+def program(name: str, method: Method, mesh: jax.sharding.Mesh) -> Program:
+    """Compiles a method's score once for all checkpoints of a run.
 
     Raises:
       PretrainingStage: If the method has no scores.
@@ -98,10 +98,21 @@ def method_scorer(
             f"{name} is a pretraining stage and scores nothing. Train the method that "
             "starts from it (warm_start) and evaluate that."
         )
-    score = jax.jit(method.score, out_shardings=mesh_lib.batch_sharded(mesh))
+    return jax.jit(method.score, out_shardings=mesh_lib.batch_sharded(mesh))
+
+
+def method_scorer(
+    name: str,
+    method: Method,
+    compiled: Program,
+    model: ModelState,
+    key: Key,
+    protocol: Protocol,
+) -> Scorer:
+    """Wraps one checkpoint of a method; `compiled` is its `program`."""
     if method.filters_inside:
         protocol = Protocol.NONE
-    return Scorer(name, lambda volumes: score(model, volumes, key), protocol)
+    return Scorer(name, lambda volumes: compiled(model, volumes, key), protocol)
 
 
 def baseline_scorer(name: str, baseline: Baseline, protocol: Protocol) -> Scorer:
@@ -136,77 +147,60 @@ def score_volumes(
     scorer: Scorer,
     volumes: Volumes,
     labels: Labels,
-    infos: list[VolumeInfo],
-    thresholds: Mapping[str, float],
-) -> Iterator[tuple[VolumeResult, VolumeArrays]]:
-    """Scores, post-processes and measures one batch.
+    count: int,
+    stages: Sequence[Stage] = (Stage.PROCESSED,),
+    *,
+    pictures: bool = True,
+) -> Iterator[VolumeArrays]:
+    """Scores and post-processes one batch.
 
     Args:
       scorer: What to score with.
       volumes: Decoded volumes, padding included.
       labels: Their truth.
-      infos: The volumes that are not padding, in order.
-      thresholds: Name -> threshold to segment at.
+      count: Volumes that are not padding; they come first.
+      stages: Which maps to make.
+      pictures: Whether images and reconstructions are wanted too.
 
     Yields:
-      One result and its arrays per volume that is not padding.
+      The arrays of each volume that is not padding.
     """
     scores = scorer.score(volumes)
-    filtered, eroded = postprocess.postprocess(
-        scores.anomaly_map, volumes.mask[..., 0], volumes.valid, scorer.protocol
-    )
-    errors = _errors(volumes, scores)
-    host = jax.device_get((volumes, scores, filtered, eroded, errors))
-    volumes, scores, filtered, eroded, errors = host
-    for row, info in enumerate(infos):
-        valid = np.asarray(volumes.valid[row])
-        arrays = VolumeArrays(
-            image=np.asarray(volumes.image[row])[valid],
-            brain=np.asarray(volumes.mask[row])[valid, ..., 0],
-            lesion=labels.lesion[row, valid],
-            anomaly_map=filtered[row, valid],
-            eroded=eroded[row, valid],
-            reconstruction=None
-            if scores.reconstruction is None
-            else np.asarray(scores.reconstruction[row])[valid],
+    filtered = [
+        postprocess.postprocess(
+            scores.anomaly_map,
+            volumes.mask[..., 0],
+            volumes.valid,
+            scorer.protocol_of(stage),
         )
-        found = {
-            name: postprocess.predict(
-                arrays.anomaly_map, arrays.eroded, threshold, scorer.protocol
-            )
-            for name, threshold in thresholds.items()
-        }
-        yield _result(row, info, scores, labels, arrays, found, errors), arrays
-
-
-def _result(
-    row: int,
-    info: VolumeInfo,
-    scores: Scores,
-    labels: Labels,
-    arrays: VolumeArrays,
-    found: Mapping[str, np.ndarray],
-    errors: Mapping[str, np.ndarray],
-) -> VolumeResult:
-    shown = np.any(arrays.brain, axis=(1, 2))
-    slice_score = np.asarray(scores.slice_score[row])[: len(shown)]
-    return VolumeResult(
-        info=info,
-        voxels=voxel.from_map(
-            arrays.anomaly_map, arrays.eroded, arrays.lesion, arrays.brain
-        ),
-        annotated=bool(labels.annotated[row]),
-        abnormal=bool(labels.abnormal[row]),
-        slice_score=slice_score[shown],
-        slice_lesion=np.any(arrays.lesion, axis=(1, 2))[shown],
-        volume_score=float(scores.volume_score[row]),
-        dice={
-            name: voxel.dice(voxel.confusion_of_masks(mask, arrays.lesion))
-            for name, mask in found.items()
-        },
-        found_voxels={name: int(mask.sum()) for name, mask in found.items()},
-        reconstruction={name: float(value[row]) for name, value in errors.items()},
+        for stage in stages
+    ]
+    errors = _errors(volumes, scores)
+    if not pictures:
+        scores = dataclasses.replace(scores, reconstruction=None)
+    masks, valids, scores, filtered, errors = jax.device_get(
+        (volumes.mask, volumes.valid, scores, filtered, errors)
     )
+    images = jax.device_get(volumes.image) if pictures else None
+    reconstructions = scores.reconstruction
+    for row in range(count):
+        valid = valids[row]
+        yield VolumeArrays(
+            image=None if images is None else images[row][valid],
+            brain=masks[row][valid, ..., 0],
+            lesion=labels.lesion[row, valid],
+            scores=scores.anomaly_map[row, valid],
+            slice_score=scores.slice_score[row, : np.count_nonzero(valid)],
+            volume_score=float(scores.volume_score[row]),
+            maps={
+                stage: (anomaly_map[row, valid], eroded[row, valid])
+                for stage, (anomaly_map, eroded) in zip(stages, filtered, strict=True)
+            },
+            reconstruction=None
+            if reconstructions is None
+            else reconstructions[row][valid],
+            errors={name: float(value[row]) for name, value in errors.items()},
+        )
 
 
 def _errors(volumes: Volumes, scores: Scores) -> dict[str, jax.Array]:
@@ -219,10 +213,11 @@ def _errors(volumes: Volumes, scores: Scores) -> dict[str, jax.Array]:
 def _reconstruction_errors(
     volumes: Volumes, reconstruction: jax.Array
 ) -> dict[str, jax.Array]:
-    """L1 in the brain and in the whole box, and SSIM, each [B].
+    """L1 in the brain and in the whole box, SSIM and PSNR, each [B].
 
     SSIM is the mean over slices with brain (2-D, Gaussian 11 x 11, sigma 1.5, data
-    range 1).
+    range 1). PSNR in dB is of all pixels of these slices, data range 1; infinite for
+    a perfect reconstruction.
     """
     valid = volumes.valid[:, :, None, None, None]
     error = jnp.abs(volumes.image - reconstruction) * valid
@@ -239,9 +234,12 @@ def _reconstruction_errors(
     ssim = filters.ssim(*pairs, data_range=1.0)
     ssim = ssim.reshape(*volumes.valid.shape, channels).mean(axis=-1)
     counted = volumes.valid & jnp.any(brain, axis=(2, 3, 4))
+    square = jnp.sum(jnp.square(error) * counted[:, :, None, None, None], axis=axes)
+    pixels = jnp.sum(counted, axis=1) * error[0, 0].size
     return {
         "l1_brain": in_brain / jnp.maximum(jnp.sum(brain, axis=axes) * channels, 1),
         "l1_box": jnp.sum(error, axis=axes) / jnp.maximum(box_size, 1),
         "ssim": jnp.sum(ssim * counted, axis=1)
         / jnp.maximum(jnp.sum(counted, axis=1), 1),
+        "psnr": -10.0 * jnp.log10(square / jnp.maximum(pixels, 1)),
     }

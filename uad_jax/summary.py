@@ -3,300 +3,309 @@
 Pooled figures and means over volumes are different things and never share a name.
 Detection figures are over annotated abnormal volumes; slice- and volume-level ones
 also over the healthy volumes. Slices of abnormal volumes without annotation count
-nowhere: which of them hold lesion is not known.
+nowhere: which of them hold lesion is not known. Sham implants count in no figure but
+their own. Intervals resample patients.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from uad_jax import figures
-from uad_jax.config import ExperimentConfig
-from uad_jax.metrics import statistics, voxel
-from uad_jax.scoring import VolumeResult
+from uad_jax import verdict
+from uad_jax.measuring import VolumeResult
+from uad_jax.metrics import accumulators, lesionwise, statistics, voxel
+from uad_jax.scoring import Stage
 
-MIN_SUBJECTS_TO_BEAT = 20  # fewer: "above" or "below", no more
-MIN_SUBJECTS_TO_RANK = 5  # fewer: no interval, no ranking
+Results = Mapping[str, Sequence[VolumeResult]]  # scorer -> volumes
 
 
 def summarize(
-    found: Mapping[str, Sequence[VolumeResult]], *, group_by: str, num_samples: int
+    found: Mapping[Stage, Results],
+    *,
+    group_by: str,
+    num_samples: int,
+    rule: str | None,
 ) -> dict[str, Any]:
     """Makes the tables of one evaluation.
 
     Args:
-      found: Scorer -> results; the model comes first, then the baselines.
+      found: Stage -> scorer -> results; what is evaluated comes first, then the
+        baselines.
       group_by: Extra column of the manifest that splits the table.
-      num_samples: Bootstrap resamplings of the subjects.
+      num_samples: Bootstrap resamplings of the patients.
+      rule: Of the operating threshold; None without thresholds.
 
     Returns:
-      "scorers", "groups", "cases", "comparison", "verdict",
-      "healthy_reconstruction" and "counts" of the results file.
+      "scorers", "unprocessed", "pooled", "groups", "cases", "comparison", "verdict",
+      "sham", "healthy_reconstruction" and "counts" of the results file.
     """
-    model = next(iter(found.values()))
-    groups = sorted({_group(result, group_by) for result in model if result.abnormal})
-    comparison = _compare(found, num_samples)
+    processed = found[Stage.PROCESSED]
+    model = next(iter(processed.values()))
+    comparison = verdict.compare(processed, num_samples)
     return {
-        "scorers": {
-            name: metrics(results, num_samples) for name, results in found.items()
-        },
-        "groups": {
-            group: {
-                name: metrics(
-                    [
-                        result
-                        for result in results
-                        if not result.abnormal or _group(result, group_by) == group
-                    ],
-                    num_samples,
-                )
-                for name, results in found.items()
-            }
-            for group in groups
-            if len(groups) > 1
-        },
-        "cases": _cases(found),
+        "scorers": _table(processed, num_samples, rule),
+        "unprocessed": _table(found.get(Stage.UNPROCESSED, {}), num_samples, rule),
+        "pooled": "exact" if _exact(model) else "histogram",
+        "groups": _groups(processed, group_by, rule),
+        "cases": verdict.cases(processed),
         "comparison": comparison,
-        "verdict": _verdict(comparison),
+        "verdict": verdict.sentence(comparison),
+        "sham": verdict.sham(processed, num_samples),
         "healthy_reconstruction": _healthy_reconstruction(model),
-        "counts": _counts(model),
+        "counts": _counts(model, rule),
     }
 
 
-def _cases(
-    found: Mapping[str, Sequence[VolumeResult]],
-) -> dict[str, dict[str, float]]:
-    """Subject -> scorer -> AP, where there are too few subjects for a mean."""
-    cases: dict[str, dict[str, float]] = {}
-    for name, results in found.items():
-        lesions = _with_lesion(results)
-        if len(lesions) < MIN_SUBJECTS_TO_RANK:
-            for one in lesions:
-                precision = voxel.average_precision(voxel.rank(one.voxels))
-                cases.setdefault(one.info.subject, {})[name] = precision
-    return cases
+def _table(
+    found: Results, num_samples: int, rule: str | None
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: metrics(results, rule, num_samples) for name, results in found.items()
+    }
 
 
-def metrics(results: Sequence[VolumeResult], num_samples: int) -> dict[str, Any]:
-    """The figures of one row; NaN where the data do not define one."""
-    lesions = _with_lesion(results)
+def _groups(found: Results, group_by: str, rule: str | None) -> dict[str, Any]:
+    model = next(iter(found.values()))
+    names = sorted({_group(one, group_by) for one in model if one.abnormal})
+    if len(names) < 2:
+        return {}
+    return {
+        group: {
+            name: metrics(
+                [one for one in results if _belongs(one, group_by, group)], rule
+            )
+            for name, results in found.items()
+        }
+        for group in names
+    }
+
+
+def _group(result: VolumeResult, group_by: str) -> str:
+    return result.info.extra.get(group_by, "")
+
+
+def _belongs(result: VolumeResult, group_by: str, group: str) -> bool:
+    return not result.abnormal or _group(result, group_by) == group
+
+
+def metrics(
+    results: Sequence[VolumeResult], rule: str | None, num_samples: int = 0
+) -> dict[str, Any]:
+    """The figures of one row; NaN where the data do not define one.
+
+    Args:
+      results: The volumes.
+      rule: Of the operating threshold.
+      num_samples: Bootstrap resamplings; 0 = no intervals.
+    """
+    results = [one for one in results if not one.sham]
+    lesions = [one for one in results if one.has_lesion]
     row: dict[str, Any] = {"num_volumes": len(results), "num_lesion": len(lesions)}
-    row |= _voxel_metrics(lesions, num_samples)
-    row |= _threshold_metrics(results, lesions)
-    known = [result for result in results if result.annotated]
+    if lesions:
+        row |= _voxel_metrics(lesions, num_samples)
+        row |= _load_strata(lesions, rule)
+    for name in results[0].found if results else ():
+        row |= _threshold_metrics(results, lesions, name, name == rule, num_samples)
+    known = [one for one in results if one.annotated]
     nothing = np.zeros(0, np.float32)  # concatenate needs an array
     row["slice_auroc"] = voxel.label_auroc(
-        np.concatenate([nothing, *(result.slice_score for result in known)]),
-        np.concatenate([nothing, *(result.slice_lesion for result in known)]),
+        np.concatenate([nothing, *(one.slice_score for one in known)]),
+        np.concatenate([nothing, *(one.slice_lesion for one in known)]),
     )
     row["volume_auroc"] = voxel.label_auroc(
-        np.array([result.volume_score for result in results]),
-        np.array([result.abnormal for result in results]),
+        np.array([one.volume_score for one in results], np.float64),
+        np.array([one.abnormal for one in results], bool),
     )
     return row
+
+
+def _exact(results: Sequence[VolumeResult]) -> bool:
+    return all(one.voxels is not None for one in results)
 
 
 def _voxel_metrics(lesions: Sequence[VolumeResult], num_samples: int) -> dict[str, Any]:
-    if not lesions:
-        return {}
-    rankings = [voxel.rank(result.voxels) for result in lesions]
-    pooled = voxel.rank(voxel.pool([result.voxels for result in lesions]))
-    ceiling, threshold = voxel.best_dice(pooled)
-    precisions = [voxel.average_precision(ranking) for ranking in rankings]
-    row: dict[str, Any] = {
-        "ap_pooled": voxel.average_precision(pooled),
-        "ap_volume_mean": float(np.mean(precisions)),
-        "auroc_pooled": voxel.auroc(pooled),
-        "auroc_volume_mean": float(np.mean([voxel.auroc(one) for one in rankings])),
-        "dice_ceiling_pooled": ceiling,
-        "dice_ceiling_threshold": threshold,
-        "dice_ceiling_volume_mean": float(
-            np.mean([voxel.best_dice(one)[0] for one in rankings])
-        ),
-        "prevalence_pooled": pooled.num_lesion
-        / (pooled.num_lesion + pooled.num_normal),
+    row: dict[str, Any] = _pooled(lesions) | {
+        "ap_volume_mean": _mean([one.ap for one in lesions]),
+        "auroc_volume_mean": _mean([one.auroc for one in lesions]),
+        "dice_ceiling_volume_mean": _mean([one.dice_ceiling for one in lesions]),
     }
-    if len(lesions) >= MIN_SUBJECTS_TO_RANK:
-        named = zip((one.info.subject for one in lesions), precisions, strict=True)
-        interval = statistics.bootstrap_mean(dict(named), num_samples=num_samples)
-        row["ap_volume_mean_interval"] = [interval.low, interval.high]
+    if not num_samples or _too_few(lesions):
+        return row
+    row["ap_volume_mean_interval"] = _interval(
+        lesions, [one.ap for one in lesions], num_samples
+    )
+    histograms = [(one.bins, one.outside) for one in lesions if one.bins is not None]
+    if len(histograms) == len(lesions):
+        bins, outside = statistics.sum_by_unit(
+            np.stack([bins for bins, _ in histograms]),
+            np.stack([outside for _, outside in histograms]),
+            [one.info.patient for one in lesions],
+        )
+        pooled = statistics.bootstrap_histograms(
+            accumulators.average_precision, bins, outside, num_samples=num_samples
+        )
+        row["ap_pooled_interval"] = [pooled.low, pooled.high]
     return row
+
+
+def _pooled(lesions: Sequence[VolumeResult]) -> dict[str, float]:
+    """Figures of all voxels together: exact, or of the summed histograms."""
+    voxels = [one.voxels for one in lesions if one.voxels is not None]
+    if len(voxels) == len(lesions):
+        ranking = voxel.rank(voxel.pool(voxels))
+        ceiling, threshold = voxel.best_dice(ranking)
+        total = ranking.num_lesion + ranking.num_normal
+        return {
+            "ap_pooled": voxel.average_precision(ranking),
+            "auroc_pooled": voxel.auroc(ranking),
+            "dice_ceiling_pooled": ceiling,
+            "dice_ceiling_threshold": threshold,
+            "prevalence_pooled": ranking.num_lesion / total,
+        }
+    bins, outside = summed_histograms(lesions)
+    both = bins.sum(axis=1) + outside
+    return {
+        "ap_pooled": float(accumulators.average_precision(bins, outside)),
+        "auroc_pooled": float(accumulators.auroc(bins, outside)),
+        "dice_ceiling_pooled": accumulators.best_dice(bins, outside)[0],
+        "prevalence_pooled": float(both[1] / both.sum()),
+    }
+
+
+def summed_histograms(
+    results: Sequence[VolumeResult],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds the histograms of volumes that have one: bins [2, K + 1], outside [2]."""
+    bins = np.stack([one.bins for one in results if one.bins is not None])
+    outside = np.stack([one.outside for one in results if one.bins is not None])
+    return bins.sum(axis=0, dtype=np.int64), outside.sum(axis=0)
+
+
+def _load_strata(lesions: Sequence[VolumeResult], rule: str | None) -> dict[str, Any]:
+    """Volumes grouped by their whole lesion load."""
+    strata: dict[str, list[VolumeResult]] = {
+        name: [] for name in lesionwise.stratum_names(lesionwise.LOAD_STRATA)
+    }
+    for one in lesions:
+        load = one.lesion_voxels * one.voxel_ml
+        strata[lesionwise.stratum(load, lesionwise.LOAD_STRATA)].append(one)
+    return {
+        "by_load": {
+            name: {
+                "num_volumes": len(members),
+                "ap_volume_mean": _mean([one.ap for one in members]),
+            }
+            | (
+                {"dice_volume_mean": _mean([m.dice(rule) for m in members])}
+                if rule
+                else {}
+            )
+            for name, members in strata.items()
+            if members
+        }
+    }
 
 
 def _threshold_metrics(
-    results: Sequence[VolumeResult], lesions: Sequence[VolumeResult]
-) -> dict[str, float]:
-    row = {}
-    for rule in results[0].dice:
-        values = [result.dice[rule] for result in lesions]
-        row[f"dice_{rule}_volume_mean"] = float(np.mean(values)) if values else np.nan
-        healthy = [one.found_voxels[rule] for one in results if not one.abnormal]
-        if healthy:
-            row[f"false_positive_voxels_{rule}_healthy_mean"] = float(np.mean(healthy))
+    results: Sequence[VolumeResult],
+    lesions: Sequence[VolumeResult],
+    rule: str,
+    operating: bool,
+    num_samples: int,
+) -> dict[str, Any]:
+    """Figures of the segmentations at one rule's threshold."""
+    row: dict[str, Any] = {}
+    if lesions:
+        values = [one.dice(rule) for one in lesions]
+        row[f"dice_{rule}_volume_mean"] = _mean(values)
+        if num_samples and not _too_few(lesions):
+            interval = _interval(lesions, values, num_samples)
+            row[f"dice_{rule}_volume_mean_interval"] = interval
+        pooled = voxel.Confusion(
+            *np.sum([one.found[rule].counts for one in lesions], axis=0).tolist()
+        )
+        row[f"dice_{rule}_pooled"] = voxel.dice(pooled)
+        row[f"precision_{rule}_pooled"] = voxel.precision(pooled)
+        row[f"recall_{rule}_pooled"] = voxel.recall(pooled)
+        row |= _lesion_metrics(lesions, rule, operating)
+    healthy = [one for one in results if one.healthy]
+    if healthy:
+        found = [one.found[rule].num_voxels * one.voxel_ml for one in healthy]
+        row[f"false_positive_ml_{rule}_healthy_mean"] = _mean(found)
+        counts = [one.found[rule].lesions for one in healthy]
+        components = [one.num_components for one in counts if one is not None]
+        if components:
+            row[f"false_components_{rule}_healthy_mean"] = _mean(components)
     return row
 
 
-def _compare(
-    found: Mapping[str, Sequence[VolumeResult]], num_samples: int
+def _lesion_metrics(
+    lesions: Sequence[VolumeResult], rule: str, operating: bool
 ) -> dict[str, Any]:
-    """The model's AP per volume against the best baseline's, paired by subject."""
-    precisions = {
-        name: {
-            one.info.subject: voxel.average_precision(voxel.rank(one.voxels))
-            for one in _with_lesion(results)
-        }
-        for name, results in found.items()
+    counts = [one.found[rule].lesions for one in lesions]
+    if any(one is None for one in counts):
+        return {}
+    pooled = lesionwise.pool([one for one in counts if one is not None])
+    row = {
+        f"{name}_{rule}": pooled[name]
+        for name in ("lesion_recall", "lesion_precision", "lesion_f1")
     }
-    (model, values), *others = precisions.items()
-    if not others or len(values) < MIN_SUBJECTS_TO_RANK:
-        return {"num_subjects": len(values)}
-    best, baseline = max(others, key=lambda item: np.mean(list(item[1].values())))
-    difference = statistics.paired_bootstrap(values, baseline, num_samples=num_samples)
-    return {
-        "num_subjects": len(values),
-        "model": model,
-        "best_baseline": best,
-        "ap_volume_mean_difference": difference.estimate,
-        "interval": [difference.low, difference.high],
-    }
+    return row | ({"by_lesion_size": pooled["by_size"]} if operating else {})
 
 
-def _verdict(comparison: Mapping[str, Any]) -> str:
-    count = comparison["num_subjects"]
-    if not count:
-        return "No annotated lesions: there are no voxel figures."
-    if "interval" not in comparison:
-        return f"{count} annotated lesion volumes: single cases, no ranking."
-    low, high = comparison["interval"]
-    difference = comparison["ap_volume_mean_difference"]
-    text = (
-        f"AP (volume mean) minus that of the best baseline, "
-        f"{comparison['best_baseline']}: {difference:+.3f}, 95 % interval "
-        f"[{low:+.3f}, {high:+.3f}] over {count} subjects. "
-    )
-    if count < MIN_SUBJECTS_TO_BEAT:
-        side = "above" if difference > 0 else "below"
-        return (
-            f"{text}The model is {side} this baseline; fewer than "
-            f"{MIN_SUBJECTS_TO_BEAT} subjects allow no stronger statement."
-        )
-    if low > 0:
-        return text + "In this run the model beats the baselines (one seed)."
-    if high < 0:
-        return text + "The model is worse than this baseline."
-    return text + "The model does not beat the baselines."
+def _too_few(lesions: Sequence[VolumeResult]) -> bool:
+    patients = {one.info.patient for one in lesions}
+    return len(patients) < verdict.MIN_PATIENTS_TO_RANK
+
+
+def _interval(
+    lesions: Sequence[VolumeResult], values: Sequence[float], num_samples: int
+) -> list[float]:
+    by_patient = verdict.by_patient(lesions, values)
+    interval = statistics.bootstrap_mean(by_patient, num_samples=num_samples)
+    return [interval.low, interval.high]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def _healthy_reconstruction(results: Sequence[VolumeResult]) -> dict[str, float]:
-    healthy = [one.reconstruction for one in results if not one.abnormal]
+    healthy = [one.reconstruction for one in results if one.healthy]
     if not healthy or not healthy[0]:
         return {}
-    return {
-        name: float(np.mean([errors[name] for errors in healthy]))
-        for name in healthy[0]
-    }
+    return {name: _mean([errors[name] for errors in healthy]) for name in healthy[0]}
 
 
-def _counts(results: Sequence[VolumeResult]) -> dict[str, int]:
-    abnormal = [result for result in results if result.abnormal]
+def _counts(results: Sequence[VolumeResult], rule: str | None) -> dict[str, int]:
+    abnormal = [one for one in results if one.abnormal]
     return {
         "volumes without annotation": sum(not one.annotated for one in results),
         "abnormal volumes with an empty mask": sum(
-            one.annotated and not _has_lesion(one) for one in abnormal
+            one.annotated and not one.lesion_voxels for one in abnormal
         ),
         "volumes with neither lesion nor finding (no Dice)": sum(
-            one.annotated and bool(np.isnan(one.dice.get("healthy_fpr", 0.0)))
+            rule is not None and one.annotated and bool(np.isnan(one.dice(rule)))
             for one in results
         ),
         "lesion voxels outside the eroded brain": sum(
-            one.voxels.outside_lesion for one in abnormal
+            one.outside_lesion for one in abnormal
         ),
-        "lesion voxels": sum(
-            int(one.voxels.lesion.sum()) + one.voxels.outside_lesion for one in abnormal
-        ),
+        "lesion voxels": sum(one.lesion_voxels for one in abnormal),
     }
 
 
-def training_state(
-    config: ExperimentConfig, step: int, lines: Iterable[Mapping[str, Any]]
+def subject_row(
+    result: VolumeResult, healthy_scores: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """What must stand beside every result: how far the model was trained.
+    """One line of the per-subject table.
 
     Args:
-      config: The run's config.
-      step: The checkpoint.
-      lines: The run's `metrics.jsonl`.
-
-    Returns:
-      Slices seen, per cent of the paper's budget (None if unknown), relative slope of
-      the validation loss over the last fifth of the run up to `step` and at least
-      its last two values (negative = still falling; None with fewer than two),
-      training seconds, and whether the run counts as undertrained: less than a
-      quarter of the budget and not known to have stopped falling.
+      result: The volume.
+      healthy_scores: Volume scores of healthy validation scans, for the percentile.
     """
-    losses, seconds = [], None
-    for line in lines:
-        if line["step"] > step:
-            break
-        seconds = line.get("perf/train_seconds", seconds)
-        if "validation/loss" in line:
-            losses.append((line["step"], line["validation/loss"]))
-    slices = step * config.batch_size
-    share = None
-    if config.reference_slices:
-        share = 100.0 * slices / config.reference_slices
-    last_fifth = sum(point[0] >= 0.8 * step for point in losses)
-    slope = _relative_slope(losses[-max(last_fifth, 2) :])
-    falling = slope is None or slope < 0
-    return {
-        "slices_seen": slices,
-        "percent_of_reference": share,
-        "validation_slope": slope,
-        "train_seconds": seconds,
-        "undertrained": share is not None and share < 25.0 and falling,
-    }
-
-
-def _relative_slope(points: Sequence[tuple[int, float]]) -> float | None:
-    """Change of the fitted line over the points, as a share of their mean."""
-    if len(points) < 2:
-        return None
-    steps, losses = np.array(points, np.float64).T
-    slope = np.polyfit(steps, losses, 1)[0]
-    return float(slope * (steps[-1] - steps[0]) / losses.mean())
-
-
-def shown_subjects(results: Sequence[VolumeResult]) -> dict[str, VolumeResult]:
-    """The subjects to show: caption -> result.
-
-    The best, the median and the worst by AP; without annotated lesions those with
-    the highest, the median and the lowest volume score.
-    """
-    chosen = _with_lesion(results)
-    if chosen:
-        words = ("best", "median", "worst")
-        values = [voxel.average_precision(voxel.rank(one.voxels)) for one in chosen]
-        captions = [f"AP {value:.2f}" for value in values]
-    else:
-        chosen, words = list(results), ("highest", "median", "lowest")
-        values = [one.volume_score for one in chosen]
-        captions = [f"score {value:.3g}" for value in values]
-    order = [int(place) for place in np.argsort(values)[::-1]]
-    places = {0: words[0], len(order) // 2: words[1], len(order) - 1: words[2]}
-    if len(order) == 2:  # one of two is no median
-        places = {0: words[0], 1: words[2]}
-    elif len(order) == 1:
-        places = {0: "only"}
-    shown = {}
-    for place, word in places.items():
-        result, caption = chosen[order[place]], captions[order[place]]
-        shown[f"{word}: {result.info.subject}\n{caption}"] = result
-    return shown
-
-
-def subject_row(result: VolumeResult) -> dict[str, Any]:
-    """One line of the per-subject table."""
+    millilitres = result.lesion_voxels * result.voxel_ml
     row: dict[str, Any] = {
         "subject": result.info.subject,
         "patient": result.info.patient,
@@ -304,73 +313,25 @@ def subject_row(result: VolumeResult) -> dict[str, Any]:
         "kind": result.info.extra.get("kind", ""),
         "annotated": int(result.annotated),
         "volume_score": result.volume_score,
-        "lesion_voxels": int(result.voxels.lesion.sum()) + result.voxels.outside_lesion,
-        "lesion_voxels_outside_brain": result.voxels.outside_lesion,
-        "ap": "",
-        "auroc": "",
-        "dice_ceiling": "",
+        "healthy_percentile": percentile(result.volume_score, healthy_scores),
+        "lesion_ml": round(millilitres, 6) if result.annotated else "",
+        "lesion_voxels": result.lesion_voxels,
+        "lesion_voxels_outside_brain": result.outside_lesion,
     }
-    if result.annotated and _has_lesion(result):
-        ranking = voxel.rank(result.voxels)
-        row["ap"] = voxel.average_precision(ranking)
-        row["auroc"] = voxel.auroc(ranking)
-        row["dice_ceiling"] = voxel.best_dice(ranking)[0]
-    for rule, value in result.dice.items():
-        unknown = np.isnan(value) or not result.annotated
+    for name in ("ap", "auroc", "dice_ceiling"):
+        row[name] = getattr(result, name) if result.has_lesion else ""
+    for rule, found in result.found.items():
+        value = result.dice(rule)
+        unknown = np.isnan(value) or not result.annotated or result.sham
         row[f"dice_{rule}"] = "" if unknown else value
-        row[f"found_voxels_{rule}"] = result.found_voxels[rule]
-    for name in ("l1_brain", "l1_box", "ssim"):
+        row[f"found_ml_{rule}"] = round(found.num_voxels * result.voxel_ml, 6)
+    for name in ("l1_brain", "l1_box", "ssim", "psnr"):
         row[name] = result.reconstruction.get(name, "")
     return row
 
 
-def draw_curves(
-    found: Mapping[str, Sequence[VolumeResult]], lines: Iterable[Mapping[str, Any]]
-) -> dict[str, bytes]:
-    """Draws training, ROC, precision-recall and Dice curves, pooled over volumes."""
-    drawn = {}
-    series = {}
-    for name in ("train/loss", "validation/loss"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            steps, values = np.array(points).T
-            series[name] = (steps, values)
-    if series:
-        drawn["training"] = figures.curves(
-            series, title="Training", x_label="step", y_label="loss"
-        )
-    traced = {}
-    for name, results in found.items():
-        lesions = _with_lesion(results)
-        if lesions and name != "prevalence":
-            pooled = voxel.rank(voxel.pool([result.voxels for result in lesions]))
-            traced[name] = voxel.curves(pooled)
-    if not traced:
-        return drawn
-    for figure, x, y, title in (
-        ("roc", "fpr", "recall", "ROC, pooled voxels"),
-        ("precision_recall", "recall", "precision", "Precision and recall, pooled"),
-        ("dice", "fpr", "dice", "Dice over the operating point, pooled"),
-    ):
-        drawn[figure] = figures.curves(
-            {name: (curve[x], curve[y]) for name, curve in traced.items()},
-            title=title,
-            x_label={"fpr": "false-positive rate"}.get(x, x),
-            y_label=y,
-            log_x=figure == "dice",
-        )
-    return drawn
-
-
-def _has_lesion(result: VolumeResult) -> bool:
-    return bool(result.voxels.lesion.any()) or result.voxels.outside_lesion > 0
-
-
-def _with_lesion(results: Sequence[VolumeResult]) -> list[VolumeResult]:
-    return [
-        one for one in results if one.abnormal and one.annotated and _has_lesion(one)
-    ]
-
-
-def _group(result: VolumeResult, group_by: str) -> str:
-    return result.info.extra.get(group_by, "")
+def percentile(score: float, healthy_scores: Sequence[float]) -> float | str:
+    """Share of healthy scores below a score, in per cent; "" without any."""
+    if not len(healthy_scores):
+        return ""
+    return round(100.0 * float(np.mean(np.asarray(healthy_scores) < score)), 2)

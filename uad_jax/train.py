@@ -21,10 +21,10 @@ from uad_jax import progress as progress_lib
 from uad_jax import warm_start as warm_start_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import ExperimentConfig
-from uad_jax.data import pipeline, sources
+from uad_jax.data import pipeline, profile, sources
 from uad_jax.loop import TrainResult
 from uad_jax.methods.base import Inputs, Method, RunShape
-from uad_jax.types import Batch, ModelState, TrainState
+from uad_jax.types import Batch, TrainState
 
 EXIT_PREEMPTED = 143  # status of a process that a signal stopped after it saved
 CHECKPOINTS = "checkpoints"
@@ -81,16 +81,16 @@ def train(
             keep_every=config.train.keep_every,
         )
         with contextlib.closing(checkpoints):
-            finished = _finished(config, checkpoints)
-            if finished is not None:
+            done = finished(config, checkpoints)
+            if done is not None:
                 logging.info(
                     "%s is finished (%s at step %d of %d): nothing left to train.",
                     workdir,
-                    finished.stopped,
-                    finished.step,
+                    done.stopped,
+                    done.step,
                     config.total_steps,
                 )
-                return finished
+                return done
             with cost_lib.explained(config.batch_size, mesh):
                 run, method = _prepare(
                     config, workdir, mesh, checkpoints, accept_data_change
@@ -102,45 +102,6 @@ def train(
                 return loop.loop(run, state, start, record, stop, progress)
 
 
-def load_model(
-    config: ExperimentConfig,
-    workdir: pathlib.Path,
-    step: int | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[Method, ModelState, int]:
-    """Restores the model of a run, wherever it was trained. Changes nothing there.
-
-    Args:
-      config: The experiment as it was trained.
-      workdir: Directory of the run.
-      step: Checkpoint; None = the best, or the latest if it never validated.
-      mesh: Where the model goes; default: all devices.
-
-    Returns:
-      The method, its model for evaluation (EMA where there is one), and the step.
-
-    Raises:
-      checkpoint.CheckpointError: If the step is missing, damaged or of another model.
-      workdir.WorkdirError: If this is not the workdir of a run.
-    """
-    mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    shapes = workdir_lib.read_json(workdir / SHAPES)
-    method = config.method.make(RunShape(**shapes["run"]))
-    abstract = programs.abstract_state(method, spec_from_json(shapes["batch"]), mesh)
-    checkpoints = checkpoint_lib.Checkpoints(workdir / CHECKPOINTS, read_only=True)
-    with contextlib.closing(checkpoints):
-        if step is None:
-            step = checkpoints.best()
-        if step is None:
-            step = checkpoints.latest()
-        if step is None:
-            raise checkpoint_lib.CheckpointError(
-                f"{workdir / CHECKPOINTS} holds no checkpoint. Train first."
-            )
-        model = checkpoints.restore_model(abstract.for_eval(), step)
-    return method, model, step
-
-
 def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
     if config.batch_size % mesh.size:
         below = config.batch_size // mesh.size * mesh.size
@@ -150,10 +111,10 @@ def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
         )
 
 
-def _finished(
+def finished(
     config: ExperimentConfig, checkpoints: checkpoint_lib.Checkpoints
 ) -> TrainResult | None:
-    """The result of a run that has nothing left to do, else None."""
+    """The result of a run that has nothing left to train, else None."""
     step = checkpoints.latest()
     if step is None:
         return None
@@ -195,6 +156,7 @@ def _prepare(
         workdir_lib.write_json(
             workdir / SHAPES, {"run": shape._asdict(), "batch": spec_to_json(spec)}
         )
+        _write_profile(config, workdir, store, stream)
     validation = _validation(config, store, inputs, mesh)
     with watch.charge("compile"):
         built = programs.build(
@@ -220,6 +182,30 @@ def _prepare(
     return run, method
 
 
+def _write_profile(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    store: sources.Store,
+    stream: pipeline.TrainStream,
+) -> None:
+    """Writes what scans must be like that the model may see, unless it is there."""
+    path = workdir / workdir_lib.PROFILE
+    if path.is_file():
+        if workdir_lib.read_json(path)["fingerprint"] == stream.fingerprint:
+            return
+    channels = pipeline.channels(store, config.data.modalities)
+    profiles = profile.of_store(store, stream.volumes, channels)
+    workdir_lib.write_json(
+        path,
+        {
+            "fingerprint": stream.fingerprint,
+            "modalities": [store.modalities[channel] for channel in channels],
+            "recipe_hash": store.meta["recipe_hash"],
+            "profiles": {name: found.to_json() for name, found in profiles.items()},
+        },
+    )
+
+
 def _describe_data(
     store: sources.Store, stream: pipeline.TrainStream
 ) -> dict[str, Any]:
@@ -233,15 +219,7 @@ def _describe_data(
 
 
 def _steps_per_call(config: ExperimentConfig, mesh: Mesh) -> int:
-    wanted = config.train.steps_per_call
-    if wanted > 1 and mesh.devices.flat[0].platform == "cpu":
-        logging.warning(
-            "train.steps_per_call = %d is taken as 1 on a CPU, where convolution "
-            "gradients inside a scan run 20 to 40 times slower.",
-            wanted,
-        )
-        return 1
-    return wanted
+    return programs.steps_per_call(config.train.steps_per_call, mesh)
 
 
 def _validation(

@@ -124,3 +124,17 @@ def test_wrong_shapes_and_edges_are_refused() -> None:
         VoxelCounts.empty(np.float32([1.0, 1.0]))
     with pytest.raises(ValueError, match="Expected counts"):
         VoxelCounts.empty(np.float32([1.0])).add(np.zeros((2, 3)), np.zeros((2, 2)))
+
+
+def test_curves_are_the_exact_ones_at_every_edge() -> None:
+    one = _volume(int(np.random.default_rng().integers(2**31)), decimals=1)
+    edges = np.unique(one.scores)[5:-5]
+    bins, outside = accumulators.histogram(one, edges)
+    found = accumulators.curves(bins, outside)
+    ranking = voxel.rank(one)
+    for place, edge in enumerate(edges[::-1]):
+        counts = voxel.confusion_at(ranking, edge)
+        assert found["recall"][place] == pytest.approx(voxel.recall(counts))
+        assert found["precision"][place] == pytest.approx(voxel.precision(counts))
+        assert found["fpr"][place] == pytest.approx(voxel.false_positive_rate(counts))
+        assert found["dice"][place] == pytest.approx(voxel.dice(counts))

@@ -96,15 +96,11 @@ class VoxelCounts:
           highest. Where the whole eroded brain is the best prediction, the threshold
           is the lowest float32. (NaN, NaN) without lesion voxels.
         """
-        total = self.bins[1].sum() + self.outside[1]
-        if not total:
-            return float("nan"), float("nan")
-        # Above edge i lie the bins after i, above the lowest float all of them.
-        thresholds = np.append(self.edges[::-1], np.finfo(np.float32).min)
-        fp, tp = np.cumsum(self.bins[:, ::-1], axis=1)
-        values = 2 * tp / (total + tp + fp)
-        best = int(np.argmax(values))
-        return float(values[best]), float(thresholds[best])
+        best, place = best_dice(self.bins, self.outside)
+        if np.isnan(best):
+            return best, best
+        thresholds = np.append(self.edges, np.finfo(np.float32).min)
+        return best, float(thresholds[place])
 
 
 def histogram(voxels: VoxelScores, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -150,6 +146,53 @@ def auroc(bins: np.ndarray, outside: np.ndarray) -> np.ndarray:
     won = np.sum(steps * (total - 0.5 * (before + fp)), axis=-1)
     with np.errstate(invalid="ignore"):
         return won / (tp[..., -1] * fp[..., -1])
+
+
+def best_dice(bins: np.ndarray, outside: np.ndarray) -> tuple[float, int]:
+    """Largest Dice over the edges, and over the prediction of all scored voxels.
+
+    Args:
+      bins: [2, K + 1]: normal, lesion.
+      outside: [2] voxels that rank lowest.
+
+    Returns:
+      Dice and the place of its edge, of equal Dice the highest; place -1 is the
+      prediction of everything. (NaN, -1) without lesion voxels.
+    """
+    total = bins[1].sum() + outside[1]
+    if not total:
+        return float("nan"), -1
+    fp, tp = np.cumsum(bins[:, ::-1], axis=1)  # above edges K - 1 to 0, then all
+    values = 2 * tp / (total + tp + fp)
+    best = int(np.argmax(values))
+    return float(values[best]), len(values) - 2 - best
+
+
+def curves(bins: np.ndarray, outside: np.ndarray) -> dict[str, np.ndarray]:
+    """Traces the curves for a figure, a point per edge, thresholds descending.
+
+    Args:
+      bins: [2, K + 1]: normal, lesion; both kinds must be there.
+      outside: [2] voxels that rank lowest.
+
+    Returns:
+      "recall", "precision" (NaN where nothing is predicted), "fpr" and "dice" of
+      `score > edge`, [K] float64 each.
+    """
+    fp, tp = _above(bins)[:, ::-1]
+    normal, lesion = bins.sum(axis=1) + outside
+    with np.errstate(invalid="ignore"):
+        return {
+            "recall": tp / lesion,
+            "precision": tp / (tp + fp),
+            "fpr": fp / normal,
+            "dice": 2 * tp / (lesion + tp + fp),
+        }
+
+
+def _above(bins: np.ndarray) -> np.ndarray:
+    """Voxels above each edge, [2, K]: above edge i lie the bins after i."""
+    return np.cumsum(bins[:, ::-1], axis=1)[:, -2::-1]
 
 
 def _descending(

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.ndimage
 
 _BINS = 256
+ATLAS_VOLUMES = 2  # healthy volumes that an atlas needs
 
 
 def prevalence(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -99,10 +100,10 @@ def fit_atlas(
         delta = np.where(mask, image - mean, 0.0)
         mean += delta / np.maximum(count, 1)
         square += delta * np.where(mask, image - mean, 0.0)
-    if number < 2:
+    if number < ATLAS_VOLUMES:
         raise ValueError(
-            f"An atlas needs at least 2 healthy volumes, found {number}. Give the "
-            "training split more: every table shows the atlas baseline."
+            f"An atlas needs at least {ATLAS_VOLUMES} healthy volumes, found "
+            f"{number}. Give the training split more."
         )
     known = count >= 2
     variance = np.where(known, square / np.maximum(count - 1, 1), 0.0)

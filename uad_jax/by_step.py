@@ -1,0 +1,197 @@
+"""Evaluates many checkpoints of a run, also while it trains: `results/by_step.csv`."""
+
+import csv
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from uad_jax import evaluate, evaluation, report, saved_run, tables, writer
+from uad_jax import mesh as mesh_lib
+from uad_jax import results as results_lib
+from uad_jax.checkpoint import CheckpointError
+from uad_jax.config import ExperimentConfig
+from uad_jax.evaluation import Context
+from uad_jax.saved_run import SavedRun
+from uad_jax.scoring import Program
+
+FILE = "by_step.csv"
+Row = Mapping[str, Any]
+
+
+def evaluate_steps(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    *,
+    steps: str = "all",
+    watch: bool = False,
+    poll_seconds: float = 10.0,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
+) -> list[Row]:
+    """Evaluates checkpoints one after the other; everything is compiled once.
+
+    Rows that are there already, of the same volumes and protocol, are kept, so that it
+    can be stopped and started again. Only the model is scored: baselines, pictures and
+    the report belong to `evaluate.evaluate`.
+
+    Args:
+      config: The run's config.
+      workdir: The run. Gets `results/by_step.csv` and the thresholds of each step;
+        nothing else in it is changed.
+      steps: "all", or "A:B" for A <= step <= B, either of which may be absent.
+      watch: Whether to wait for new checkpoints until the run is finished.
+      poll_seconds: Time between looks, if it waits.
+      mesh: Devices; None = all.
+      progress: Whether to show progress bars.
+
+    Returns:
+      All rows of the file: set, step, slices seen, seconds of training, validation
+      loss, the figures of the model, and the fingerprint of the set.
+
+    Raises:
+      ValueError: If `steps` cannot be read, or names no checkpoint.
+      checkpoint.CheckpointError: If a checkpoint is damaged.
+    """
+    first, last = parse(steps)
+    evaluation.refuse_several_processes()
+    mesh = mesh_lib.make_mesh() if mesh is None else mesh
+    with saved_run.opened(config, workdir, mesh) as run:
+        compiled = evaluate.program(run, mesh)
+        rows = _known_rows(config, workdir, mesh)
+        while True:
+            finished = run.finished()  # before the look: its last step is then seen
+            wanted = [step for step in run.steps() if first <= step <= last]
+            if not wanted and not watch:
+                raise ValueError(
+                    f"No checkpoint of {workdir} is within --steps={steps}; there are "
+                    f"{run.steps()}."
+                )
+            new = [step for step in wanted if not _is_known(config, rows, step)]
+            for step in new:
+                rows = _add_step(run, step, compiled, mesh, progress, rows)
+            if not watch or finished:
+                return rows
+            if not new:
+                time.sleep(poll_seconds)
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The main columns for the terminal."""
+    columns = ("set", "step", "validation_loss", "ap_pooled", "ap_volume_mean")
+    cells = [
+        [
+            str(row[name])
+            if name in ("set", "step")
+            else tables.number(float(row[name]) if row.get(name) else None)
+            for name in columns
+        ]
+        for row in rows
+    ]
+    return report.text_table(columns, cells)
+
+
+def parse(steps: str) -> tuple[float, float]:
+    """Reads "all" or "A:B" as the first and the last step, both included.
+
+    Raises:
+      ValueError: If it is neither.
+    """
+    if steps == "all":
+        return 0, math.inf
+    first, colon, last = steps.partition(":")
+    digits = all(not part or part.isdecimal() for part in (first, last))
+    if not colon or not digits:
+        raise ValueError(
+            f"--steps={steps} is neither 'all' nor 'A:B', such as 1000:5000."
+        )
+    return int(first or 0), int(last) if last else math.inf
+
+
+def _known_rows(
+    config: ExperimentConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> list[Row]:
+    """The rows of an earlier start that still hold."""
+    path = workdir / "results" / FILE
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[Row] = [
+            {**row, "step": int(row["step"])} for row in csv.DictReader(file)
+        ]
+    contexts = evaluation.contexts(config, workdir, 0, mesh, False)
+    valid = {context.name: context.fingerprint(context.test) for context in contexts}
+    kept = [row for row in rows if valid.get(row["set"]) == row["fingerprint"]]
+    if len(kept) < len(rows):
+        logging.warning(
+            "%s: %d of %d rows are of other volumes or another protocol and are "
+            "evaluated again.",
+            path,
+            len(rows) - len(kept),
+            len(rows),
+        )
+    return kept
+
+
+def _is_known(config: ExperimentConfig, rows: Sequence[Row], step: int) -> bool:
+    known = {row["set"] for row in rows if row["step"] == step}
+    return known >= set(evaluation.sets(config))
+
+
+def _add_step(
+    run: SavedRun,
+    step: int,
+    compiled: Program,
+    mesh: jax.sharding.Mesh,
+    progress: bool,
+    rows: list[Row],
+) -> list[Row]:
+    """Evaluates one checkpoint and writes the file once more."""
+    try:
+        scorer = evaluate.model_scorer(run, step, compiled)
+    except CheckpointError:
+        if step in run.steps():
+            raise
+        logging.warning(
+            "The run deleted step %d before it was evaluated: train.keep_every or "
+            "train.keep_checkpoints would keep it.",
+            step,
+        )
+        return rows
+    new = []
+    for context in evaluation.contexts(run.config, run.workdir, step, mesh, progress):
+        logging.info("Evaluating step %d on %s.", step, context.name)
+        results = evaluate.evaluate_set(context, scorer(context), alone=True)
+        new.append(_row(context, results))
+    names = {row["set"] for row in new}
+    rows = [r for r in rows if r["step"] != step or r["set"] not in names] + new
+    rows.sort(key=lambda row: (row["set"], row["step"]))
+    results_lib.write_table(run.workdir / "results" / FILE, rows)
+    return rows
+
+
+def _row(context: Context, results: Mapping[str, Any]) -> Row:
+    training = results["run"]["training"]
+    losses = [
+        line["validation/loss"]
+        for line in writer.read_metrics(context.workdir)
+        if "validation/loss" in line and line["step"] <= context.step
+    ]
+    figures = {
+        name: value
+        for name, value in results["scorers"][context.scorer].items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    return {
+        "set": context.name,
+        "step": context.step,
+        "slices_seen": training["slices_seen"],
+        "train_seconds": training["train_seconds"],
+        "validation_loss": losses[-1] if losses else "",
+        **figures,
+        "fingerprint": results["set"]["fingerprint"],
+    }

@@ -1,0 +1,170 @@
+"""Fixes thresholds and score scales on validation scans, before any test scan."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from uad_jax import evaluation, export
+from uad_jax.config import ThresholdRule
+from uad_jax.data.sources import Store, VolumeInfo
+from uad_jax.evaluation import Context, Scales
+from uad_jax.measuring import Scale, VolumeResult
+from uad_jax.metrics import calibration
+from uad_jax.metrics.calibration import Calibration
+from uad_jax.scoring import Scorer, Stage
+
+Calibrations = Mapping[tuple[str, Stage], Calibration]
+Parts = list[tuple[Store, list[VolumeInfo]]]
+
+
+def healthy(infos: Sequence[VolumeInfo]) -> list[VolumeInfo]:
+    """The healthy volumes."""
+    return [info for info in infos if info.label == "healthy"]
+
+
+def calibrate(
+    context: Context,
+    scorers: Sequence[Scorer],
+    stages: Sequence[Stage] = (Stage.PROCESSED,),
+) -> Calibrations:
+    """Calibrates scorers, and writes the files of thresholds.
+
+    Healthy scans come from the training store, annotated lesions from the set's.
+
+    Args:
+      context: The evaluation.
+      scorers: What to calibrate; the first is what is evaluated.
+      stages: Which maps.
+
+    Returns:
+      (scorer, stage) -> calibration; empty, with one line that says so, if there are
+      no healthy validation scans.
+    """
+    if not context.validation:
+        return {}
+    parts = _parts(context)
+    if not parts[0][1]:
+        logging.warning("No healthy validation scans: no thresholds.")
+        return {}
+    entries: dict[tuple[str, Stage], Calibration] = {}
+    for group in _groups(context, scorers, stages, parts):
+        entries |= _calibrate(context, group, stages, parts, scorers[0])
+    for stage in stages:
+        path = context.calibration_path(stage)
+        chosen = {name: one for (name, at), one in entries.items() if at is stage}
+        if len(chosen) > 1 or not path.exists():  # never forget the baselines' again
+            calibration.save(path, chosen)
+    return entries
+
+
+def volumes(context: Context) -> list[VolumeInfo]:
+    """The validation scans that thresholds are made from."""
+    return [info for _, infos in _parts(context) for info in infos]
+
+
+def _parts(context: Context) -> Parts:
+    """The healthy scans and the annotated lesions, each with its store."""
+    normal = healthy(context.select(context.training_store, "val"))
+    lesions = [
+        info
+        for info in context.select(context.store, "val")
+        if info.label == "abnormal" and info.annotated
+    ]
+    return [(context.training_store, normal), (context.store, lesions)]
+
+
+def _groups(
+    context: Context, scorers: Sequence[Scorer], stages: Sequence[Stage], parts: Parts
+) -> list[list[Scorer]]:
+    """All scorers at a time, or one by one where their voxels would not fit."""
+    brain = sum(sum(info.brain_voxels) for _, infos in parts for info in infos)
+    if brain * len(scorers) * len(stages) <= context.settings.exact_voxels:
+        return [list(scorers)]
+    return [[one] for one in scorers]
+
+
+def _calibrate(
+    context: Context,
+    scorers: Sequence[Scorer],
+    stages: Sequence[Stage],
+    parts: Parts,
+    first: Scorer,
+) -> dict[tuple[str, Stage], Calibration]:
+    found: dict[tuple[str, Stage], list[VolumeResult]] = {
+        (one.name, stage): [] for one in scorers for stage in stages
+    }
+    for store, infos in parts:
+        for one in evaluation.score(
+            context,
+            scorers,
+            store,
+            infos,
+            {},
+            "Calibrating",
+            stages=stages,
+            voxels=True,
+        ):
+            for stage, result in one.results.items():
+                found[one.scorer.name, stage].append(result)
+            if one.scorer is first and context.settings.export_maps:
+                info = one.results[Stage.PROCESSED].info
+                export.write_scores(context, info, one.arrays)
+    rates = sorted({*calibration.HEALTHY_RATES, context.settings.healthy_fpr})
+    entries = {}
+    for key, results in found.items():
+        normal = [result for result in results if result.healthy]
+        entries[key] = calibration.calibrate(
+            [result.voxels for result in normal if result.voxels is not None],
+            [one.voxels for one in results if one.abnormal and one.voxels is not None],
+            [result.volume_score for result in normal],
+            rates=rates,
+        )
+    return entries
+
+
+def scales(context: Context, calibrations: Calibrations, first: str) -> Scales:
+    """Thresholds and histogram edges of every scorer and stage.
+
+    The scorer that is evaluated is measured at every rate on its processed maps, all
+    others at the operating rate and at the validated threshold.
+    """
+    return {
+        (name, stage): Scale(
+            _thresholds(context, one, name == first and stage is Stage.PROCESSED),
+            np.asarray(one.score_edges, np.float32),
+        )
+        for (name, stage), one in calibrations.items()
+    }
+
+
+def _thresholds(
+    context: Context, calibrated: Calibration, every_rate: bool
+) -> dict[str, float]:
+    """Rule -> threshold, of the rules that validation scans allow.
+
+    On the validation scans themselves a threshold of best Dice would be tuned on
+    what it is measured on, so there is none.
+    """
+    rate = context.settings.healthy_fpr
+    thresholds = {"healthy_fpr": calibrated.healthy_threshold(rate)}
+    if every_rate:
+        for one in calibration.HEALTHY_RATES:
+            name = f"healthy_fpr_{100 * one:g}"
+            thresholds[name] = calibrated.healthy_threshold(one)
+    tuned_on_it = context.evaluation_set.split == "val"
+    if calibrated.validated is not None and not tuned_on_it:
+        thresholds["validated"] = calibrated.validated
+    return thresholds
+
+
+def operating(context: Context, scales: Scales, name: str) -> dict[str, Any]:
+    """The rule and the threshold that findings are shown at; None without any."""
+    scale = scales.get((name, Stage.PROCESSED))
+    if scale is None:
+        return {"rule": None, "threshold": None}
+    rule = context.evaluation_set.threshold_from.value
+    if rule not in scale.thresholds:  # no labelled validation scans
+        rule = ThresholdRule.HEALTHY_FPR.value
+    return {"rule": rule, "threshold": scale.thresholds[rule]}
