@@ -132,6 +132,19 @@ def test_no_flipped_byte_changes_a_mask_unnoticed(tmp_path: pathlib.Path) -> Non
     assert noticed > len(whole) / 7 / 2
 
 
+def test_a_damaged_mask_is_noticed_before_it_is_asked_for(
+    tmp_path: pathlib.Path,
+) -> None:
+    path = written(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("000000.npy").header_offset
+    whole = bytearray(path.read_bytes())
+    whole[start + 100] ^= 0xFF  # beyond the member's header
+    path.write_bytes(whole)
+    with pytest.raises(segmentations.SegmentationsError, match="is damaged"):
+        segmentations.load(path)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "other.npz"
     np.savez(path, index=np.zeros(3))
