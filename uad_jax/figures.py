@@ -178,7 +178,8 @@ def gallery(
     """Volumes by their score, highest first: each its input and the map laid over it.
 
     Args:
-      cases: Ranked subjects; `Case.title` says who it is and how high the score is.
+      cases: Ranked subjects; `Case.title` says the rank, who it is, and how high the
+        score is.
       map_limit: Anomaly value drawn in the last colour, the same for all.
       threshold: Operating threshold, marked on the colour bar; what is found at it
         is outlined.
@@ -187,12 +188,9 @@ def gallery(
     figure, parts = _page(
         -(-len(cases) // _GALLERY_COLUMNS), _GALLERY_COLUMNS, 2, look, threshold
     )
-    for rank, (part, case) in enumerate(zip(parts, cases, strict=False), start=1):
+    for part, case in zip(parts, cases, strict=False):
         _draw_ranked(part.subplots(1, 2), case, look)
-        lines = [
-            *f"{rank}. {case.title}".split("\n"),
-            slice_caption(case, shown_slice(case)),
-        ]
+        lines = [*case.title.split("\n"), slice_caption(case, shown_slice(case))]
         wrapped = (textwrap.fill(line, 54) for line in lines if line)
         _caption(part, "\n".join(wrapped), fontsize=9)
     return png(figure)
@@ -397,7 +395,7 @@ def curves(
     return png(figure)
 
 
-def volume_scores(groups: Mapping[str, np.ndarray]) -> bytes:
+def volume_scores(groups: Mapping[str, Sequence[float] | np.ndarray]) -> bytes:
     """Draws one line of dots per group of volumes: how high each of them scored.
 
     Args:

@@ -1,7 +1,7 @@
 """One self-contained HTML page: tables, curves, pictures, provenance."""
 
 import base64
-import math
+import json
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,53 +9,17 @@ from typing import Any
 
 import jinja2
 
-# (key of the metrics dict, heading, what it means)
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("ap_pooled", "AP pooled", "average precision over all voxels of all volumes"),
-    ("ap_volume_mean", "AP volume mean", "mean of each annotated lesion volume's AP"),
-    ("auroc_pooled", "AUROC pooled", "over all voxels of all volumes"),
-    (
-        "dice_healthy_fpr_volume_mean",
-        "Dice, healthy threshold",
-        "mean over volumes; the threshold gives the stated share of false-positive "
-        "voxels on healthy validation scans; no label is used",
-    ),
-    (
-        "dice_validated_volume_mean",
-        "Dice, validated",
-        "mean over volumes; threshold of the best pooled Dice on validation lesions",
-    ),
-    (
-        "dice_ceiling_pooled",
-        "Dice ceiling, pooled",
-        "best pooled Dice over all thresholds, chosen on the test set itself: an upper "
-        "bound, not a result",
-    ),
-    ("slice_auroc", "Slice AUROC", "slices with against slices without lesion"),
-    ("volume_auroc", "Volume AUROC", "abnormal against healthy volumes"),
-)
+from uad_jax import breakdowns, tables
+from uad_jax.tables import Table
 
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Formats a metric; what does not exist is a dash, never 0."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.{digits}f}"
-
-
-def table_rows(scorers: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """One row of formatted cells per scorer, in `COLUMNS` order after the name."""
-    rows = []
-    for name, metrics in scorers.items():
-        cells = [name]
-        for key, _, _ in COLUMNS:
-            cell = number(metrics.get(key))
-            interval = metrics.get(f"{key}_interval")
-            if interval and all(math.isfinite(v) for v in interval):
-                cell += f" [{number(interval[0])}, {number(interval[1])}]"
-            cells.append(cell)
-        rows.append(cells)
-    return rows
+_TOP = 5  # of a ranking, on the terminal
+_FINGERPRINT = 16  # hexadecimal digits shown
+_CURVES = ("roc", "precision_recall", "dice")
+_POOLED = {
+    "exact": "exact: all voxels of the lesion volumes sorted together",
+    "histogram": "from histograms of the scores, as the set is too large to sort in "
+    "memory: approximate",
+}
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,38 +37,68 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def summary(results: Mapping[str, Any]) -> str:
-    """The results of one set for the terminal: the main columns and the verdict."""
-    keys = ("ap_pooled", "ap_volume_mean", "dice_healthy_fpr_volume_mean")
-    headings = {key: heading for key, heading, _ in COLUMNS}
-    scorers = dict(results["scorers"])
-    model = results["run"]["name"]  # first also in results read from a file, sorted
-    rows = [
-        [name, *(number(metrics.get(key)) for key in keys)]
-        for name, metrics in ({model: scorers.pop(model)} | scorers).items()
-    ]
-    table = text_table(["", *(headings[key] for key in keys)], rows)
-    return f"{table}\n\n{textwrap.fill(results['verdict'], 80)}"
+def summary(
+    results: Mapping[str, Any], subjects: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The results of one set for the terminal: the main columns and the verdict.
+
+    Args:
+      results: What `evaluate.evaluate` returns for one set, or its JSON file holds.
+      subjects: Rows of the per-subject CSV, of the model; without lesion masks the
+        highest-scoring ones are listed.
+    """
+    scorers = _model_first(results)["scorers"]
+    rule = (results.get("operating") or {}).get("rule") or "healthy_fpr"
+    wanted = ["ap_pooled", "ap_volume_mean", f"dice_{rule}_volume_mean"]
+    if not _has_voxel_figures(results):
+        wanted = ["volume_auroc"]
+    columns = {key: heading for key, heading, _ in tables.used_columns(scorers)}
+    keys = [key for key in wanted if key in columns]
+    parts = []
+    if _from_maps(results):
+        parts.append("Maps made by another tool, scored here.")
+    if keys:
+        rows = [
+            [name, *(tables.number(metrics.get(key)) for key in keys)]
+            for name, metrics in scorers.items()
+        ]
+        parts.append(text_table(["", *(columns[key] for key in keys)], rows))
+    if subjects and not _has_voxel_figures(results):
+        ranking = breakdowns.ranking(subjects)
+        assert ranking is not None
+        header = [heading for heading, _ in ranking.head]
+        parts.append(text_table(header, ranking.rows[:_TOP]))
+    parts.append(textwrap.fill(results["verdict"], 80))
+    return "\n\n".join(parts)
 
 
 def write(
-    path: pathlib.Path, results: Mapping[str, Any], figures: Mapping[str, bytes]
+    path: pathlib.Path,
+    results: Mapping[str, Any],
+    figures: Mapping[str, bytes],
+    *,
+    subjects: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes the report.
 
     Args:
       path: The HTML file.
       results: What `evaluate.evaluate` returns for one set.
-      figures: Name -> PNG bytes; embedded in the page.
+      figures: Name -> PNG bytes, embedded in the page: "cases", "gallery",
+        "volume_scores", "training", "roc", "precision_recall", "dice"; any of them
+        may be absent.
+      subjects: Rows of the per-subject CSV, of the model.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uad_jax"), autoescape=True, trim_blocks=True
+        loader=jinja2.PackageLoader("uad_jax"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    environment.filters["number"] = number
     page = environment.get_template("report.html.j2").render(
-        results=results,
-        columns=COLUMNS,
-        rows=table_rows,
+        **_content(_model_first(results), subjects),
+        has_curves=any(name in figures for name in _CURVES),
         figures={
             name: "data:image/png;base64," + base64.b64encode(png).decode()
             for name, png in figures.items()
@@ -113,3 +107,206 @@ def write(
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
+
+
+def _content(
+    results: Mapping[str, Any], subjects: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Everything the template shows but the figures."""
+    facts, run = results["set"], results["run"]
+    rule = (results.get("operating") or {}).get("rule")
+    has_voxels = _has_voxel_figures(results)
+    found: dict[str, Table | None] = {
+        "detection": tables.detection(results["scorers"], _caption(results)),
+        "operating": tables.operating_points(results),
+        "size": breakdowns.by_lesion_size(results),
+        "load": breakdowns.by_load(results),
+        "groups": breakdowns.groups(results),
+        "sham": breakdowns.sham(results),
+        "cases": breakdowns.cases(results),
+        "subjects": breakdowns.subjects(subjects, rule) if has_voxels else None,
+        "ranking": None if has_voxels else breakdowns.ranking(subjects),
+        "unprocessed": tables.detection(
+            results.get("unprocessed") or {},
+            "The same scores as they come, each at thresholds of its own.",
+        ),
+        "reconstruction": breakdowns.reconstruction(results),
+        "thresholds": _thresholds(results),
+    }
+    groups = [
+        tables.detection(scorers, f"{name}, with all healthy volumes.")
+        for name, scorers in (results.get("groups") or {}).items()
+    ]
+    shown = (results["scorers"], results.get("unprocessed") or {})
+    return {
+        "title": run["name"],
+        "set_name": facts["name"],
+        "facts": _facts(results),
+        "from_maps": _from_maps(results),
+        "automatic_truth": "automatic" in str(facts.get("data_kind", "")).lower(),
+        "undertrained": bool((run.get("training") or {}).get("undertrained")),
+        "has_voxels": has_voxels,
+        "verdict": results["verdict"],
+        "prevalence": _prevalence(results),
+        "tables": {key: table for key, table in found.items() if table is not None},
+        "groups": [table for table in groups if table is not None],
+        "old_false_positives": _old_false_positives(results),
+        "meanings": [column[1:] for column in tables.used_columns(*shown)],
+        "counts": {key: n for key, n in (results.get("counts") or {}).items() if n},
+        "training": _training(run.get("training") or {}),
+        "provenance": _provenance(results),
+        "environment": json.dumps(run["environment"], indent=2, ensure_ascii=False),
+        "config": json.dumps(run["config"], indent=2, ensure_ascii=False)
+        if run.get("config")
+        else "",
+    }
+
+
+def _model_first(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results read from a file have their scorers sorted by name."""
+    model = results["run"]["name"]
+    return {
+        **results,
+        **{
+            key: dict(sorted(results[key].items(), key=lambda item: item[0] != model))
+            for key in ("scorers", "unprocessed")
+            if results.get(key)
+        },
+        "groups": {
+            group: dict(sorted(scorers.items(), key=lambda item: item[0] != model))
+            for group, scorers in (results.get("groups") or {}).items()
+        },
+    }
+
+
+def _model(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    return results["scorers"][results["run"]["name"]]
+
+
+def _from_maps(results: Mapping[str, Any]) -> bool:
+    return results["run"].get("source") == "maps"
+
+
+def _has_voxel_figures(results: Mapping[str, Any]) -> bool:
+    """Whether there are lesion masks to hold voxels against."""
+    return any(
+        tables.exists(_model(results).get(key))
+        for key in ("ap_pooled", "ap_volume_mean")
+    )
+
+
+def _prevalence(results: Mapping[str, Any]) -> str:
+    share = _model(results).get("prevalence_pooled")
+    return f"{share:.4f}" if tables.exists(share) else ""
+
+
+def _old_false_positives(results: Mapping[str, Any]) -> str:
+    """Voxels on a healthy scan, of results without the figures in millilitres."""
+    count = _model(results).get("false_positive_voxels_healthy_fpr_healthy_mean")
+    return tables.number(count, 0) if tables.exists(count) else ""
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    intervals = any(
+        key.endswith("_interval")
+        for metrics in results["scorers"].values()
+        for key in metrics
+    )
+    text = f"First {results['run']['name']}"
+    if len(results["scorers"]) > 1:
+        text += ", then baselines that learn nothing or only means"
+    if intervals:
+        text += ". In brackets: 95 % bootstrap interval over patients"
+    return text + "."
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was evaluated on what, for the head of the page."""
+    run, facts = results["run"], results["set"]
+    model = run["method"]
+    if run.get("step") is not None:
+        model += f", checkpoint of step {run['step']:,}"
+    if run.get("seed") is not None:
+        model += f", seed {run['seed']}"
+    rows = [
+        ("Method", model),
+        ("Data", facts["data_kind"]),
+        ("Volumes", _volumes(facts)),
+        ("Modalities", ", ".join(facts["modalities"])),
+        ("Post-processing", f"protocol {facts['protocol']}"),
+    ]
+    if _has_voxel_figures(results) and results.get("pooled"):
+        rows.append(("Pooled figures", _POOLED[results["pooled"]]))
+    return rows
+
+
+def _volumes(facts: Mapping[str, Any]) -> str:
+    kinds = [
+        (facts["num_abnormal"], "abnormal"),
+        (facts["num_healthy"], "healthy"),
+        (facts.get("num_sham", 0), "sham implants"),
+    ]
+    text = f"{facts['num_volumes']:,}"
+    if facts.get("num_patients"):
+        text += f" of {facts['num_patients']:,} patients"
+    text += ": " + ", ".join(f"{count:,} {kind}" for count, kind in kinds if count)
+    if facts["num_abnormal"]:
+        masks = facts["num_annotated_abnormal"]
+        text += f"; lesion masks of {masks:,}" if masks else "; no lesion masks"
+    return text
+
+
+def _thresholds(results: Mapping[str, Any]) -> Table | None:
+    rows = [
+        [row["rule"], tables.significant(row["value"]), row["source"]]
+        for row in results.get("thresholds") or ()
+    ]
+    if not rows:
+        return None
+    head = [("Rule", ""), ("Threshold", "a finding scores above it"), ("Chosen on", "")]
+    caption = "A voxel is found if its score lies above the threshold."
+    return Table(caption, head, rows, words=(2,))
+
+
+def _training(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How far the model was trained; empty for maps made elsewhere."""
+    if not state:
+        return []
+    rows = [("Slices seen", f"{state['slices_seen']:,}")]
+    share = state.get("percent_of_reference")
+    if tables.exists(share):
+        rows.append(("Share of the paper's budget", f"{tables.number(share, 1)} %"))
+    if tables.exists(state.get("train_seconds")):
+        rows.append(("Training", f"{state['train_seconds']:,.0f} s"))
+    if tables.exists(state.get("validation_slope")):
+        slope = f"{state['validation_slope']:+.3f}"
+        rows.append(("Change of the validation loss over the last fifth", slope))
+    return rows
+
+
+def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    run, facts = results["run"], results["set"]
+    environment = run["environment"]
+    rows = [
+        ("uad_jax", f"{environment['uad_jax']}, commit {environment['commit']}"),
+        ("Device", _device(environment)),
+        ("Data fingerprint", str(run["data_fingerprint"])[:_FINGERPRINT]),
+        ("Set fingerprint", str(facts.get("fingerprint") or "")[:_FINGERPRINT]),
+        ("Split", facts.get("split") or ""),
+        ("Recipe", facts.get("recipe") or ""),
+    ]
+    seconds = ", ".join(
+        f"{name} {value} s" for name, value in (run.get("timings") or {}).items()
+    )
+    if run.get("evaluation_seconds") is not None:
+        whole = f"{run['evaluation_seconds']} s"
+        rows.append(("Evaluated in", f"{whole} ({seconds})" if seconds else whole))
+    licences = "; ".join(facts.get("licences") or ()) or "not stated"
+    rows.append(("Data licences", licences))
+    return [row for row in rows if row[1]]
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    if "device_kind" not in environment:
+        return ""
+    return f"{environment.get('num_devices', 1)} x {environment['device_kind']}"

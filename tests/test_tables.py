@@ -1,0 +1,100 @@
+import math
+import pathlib
+
+from tests import reports
+from uad_jax import report, tables
+
+
+def test_detection_shows_every_figure_with_its_interval_model_first(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    _, page = reports.written(tmp_path, results)
+    head, *rows = page.tables[report._caption(results)]
+    assert head[1:] == [heading for _, heading, _ in tables.COLUMNS]
+    assert [row[0] for row in rows] == list(reports.SCORERS)
+    for name, *cells in rows:
+        metrics = results["scorers"][name]
+        assert cells == [reports.cell(metrics, key) for key, _, _ in tables.COLUMNS]
+
+
+def test_unprocessed_figures_stand_in_a_table_of_their_own(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    _, page = reports.written(tmp_path, results)
+    (caption,) = (name for name in page.tables if name.startswith("The same scores"))
+    _, *rows = page.tables[caption]
+    for name, *cells in rows:
+        metrics = results["unprocessed"][name]
+        assert cells == [reports.cell(metrics, key) for key, _, _ in tables.COLUMNS]
+
+
+def test_operating_points_show_every_figure_of_every_rule(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    _, page = reports.written(tmp_path, results)
+    spans, head, *rows = reports.table(page, "Threshold from")
+    model, best = results["scorers"]["vae"], results["scorers"]["atlas-z"]
+    labels = [row[0] for row in rows]
+    assert labels == [
+        "1 % of healthy validation voxels",
+        "5 % of healthy validation voxels (operating point)",
+        "10 % of healthy validation voxels",
+        "best Dice on validation lesions",
+        "ceiling: chosen on this test set; an upper bound, no result",
+    ]
+    assert spans == ["", "Voxels", "Lesions", "On a healthy scan", "atlas-z"]
+    assert len(head) == 12
+    rules = ("healthy_fpr_1", "healthy_fpr_5", "healthy_fpr_10", "validated")
+    for row, rule, threshold in zip(rows, rules, results["thresholds"], strict=False):
+        assert row[1:] == [
+            f"{threshold['value']:#.4g}",
+            reports.cell(model, f"dice_{rule}_volume_mean"),
+            reports.cell(model, f"dice_{rule}_pooled"),
+            reports.cell(model, f"precision_{rule}_pooled"),
+            reports.cell(model, f"recall_{rule}_pooled"),
+            reports.cell(model, f"lesion_recall_{rule}"),
+            reports.cell(model, f"lesion_precision_{rule}"),
+            reports.cell(model, f"lesion_f1_{rule}"),
+            reports.cell(model, f"false_positive_ml_{rule}_healthy_mean", 2),
+            reports.cell(model, f"false_components_{rule}_healthy_mean", 1),
+            f"{best[f'dice_{rule}_volume_mean']:.3f}",
+        ]
+    assert rows[4][1:4] == [
+        f"{model['dice_ceiling_threshold']:#.4g}",
+        reports.cell(model, "dice_ceiling_volume_mean"),
+        reports.cell(model, "dice_ceiling_pooled"),
+    ]
+
+
+def test_a_rate_of_its_own_has_a_row_of_its_own(tmp_path: pathlib.Path) -> None:
+    results = reports.complete()
+    results["run"]["config"]["evaluation"]["healthy_fpr"] = 0.02
+    _, page = reports.written(tmp_path, results)
+    _, _, *rows = reports.table(page, "Threshold from")
+    assert rows[3][:3] == [
+        "healthy validation voxels, at the rate of the config (operating point)",
+        "0.1235",
+        reports.cell(results["scorers"]["vae"], "dice_healthy_fpr_volume_mean"),
+    ]
+
+
+def test_numbers_that_do_not_exist_are_dashes() -> None:
+    assert [tables.number(x) for x in (None, math.nan, math.inf)] == ["-", "-", "-"]
+    assert tables.number(0.0) == "0.000"
+    assert tables.significant(None) == "-"
+    assert tables.significant(0.3) == "0.3000"
+    assert tables.table_rows({"m": {"volume_auroc": math.nan}})[0][1:] == ["-"] * 8
+
+
+def test_the_best_baseline_has_the_highest_ap_unless_it_is_named() -> None:
+    results = reports.complete()
+    assert tables.best_baseline(results) == "atlas-z"
+    results["comparison"] = {}
+    results["scorers"]["raw intensity"]["ap_volume_mean"] = 0.999
+    assert tables.best_baseline(results) == "raw intensity"
+    del results["scorers"]["raw intensity"], results["scorers"]["atlas-z"]
+    assert tables.best_baseline(results) is None
+    assert tables.operating_points(results) is not None
