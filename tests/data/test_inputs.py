@@ -103,4 +103,5 @@ def test_the_columns_of_a_manifest_are_believed(tmp_path: pathlib.Path) -> None:
 def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
     _touch(tmp_path, "scan.dcm")
     assert "Convert other formats" in _refused(tmp_path / "scan.dcm")
-    assert "neither a manifest nor a folder" in _refused(tmp_path / "gone.nii.gz")
+    assert "there is no file" in _refused(tmp_path / "gone_FLAIR.nii.gz")
+    assert "neither a manifest nor a folder" in _refused(tmp_path / "gone")

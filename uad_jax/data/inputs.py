@@ -53,6 +53,8 @@ def find(
     is_manifest = path.suffix.lower() == ".csv"
     if path.is_file() and path.name.endswith(_SUFFIXES):
         subjects = [_single(path, words)]
+    elif path.name.endswith(_SUFFIXES) and not path.exists():
+        raise ValueError(f"{source}: there is no file of that name.")
     elif path.is_file() and not is_manifest:
         raise ValueError(
             f"{source}: expected a .nii or .nii.gz file, a folder of them, or a "

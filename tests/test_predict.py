@@ -1,0 +1,429 @@
+"""Prediction: from NIfTI files to maps on their own voxels, by the run alone."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from configs import smoke
+from tests import runs
+from uad_jax import config as config_lib
+from uad_jax import evaluate, predict, prediction, prepare, scoring, train
+from uad_jax import workdir as workdir_lib
+from uad_jax.config import ExperimentConfig
+from uad_jax.data import manifest, nifti, preprocess
+from uad_jax.prediction import Prediction
+
+# A FLAIR as it comes from the clinic: 0.9 x 0.9 x 3 mm, stored L, P, S.
+SHAPE = (112, 116, 34)
+AFFINE = np.array(
+    [[-0.9, 0, 0, 61.0], [0, -0.9, 0, 40.0], [0, 0, 3.0, -55.0], [0, 0, 0, 1.0]]
+)
+BLOB = np.array([22.0, -30.0, 10.0])  # mm: right, posterior
+LICENCE = "CC BY 4.0, somewhere"
+
+
+def _world(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    index = np.indices(shape).reshape(3, -1)
+    return (affine[:3, :3] @ index + affine[:3, 3:]).reshape(3, *shape)
+
+
+def head(
+    seed: int,
+    *,
+    blob: bool = False,
+    shape: tuple[int, ...] = SHAPE,
+    affine: np.ndarray = AFFINE,
+) -> np.ndarray:
+    """An ellipsoid brain with texture, and a bright ball at BLOB if asked, float32."""
+    rng = np.random.default_rng(seed)
+    x, y, z = _world(shape, affine)
+    inside = ((x - 11) / 44) ** 2 + ((y + 12) / 46) ** 2 + ((z + 5) / 42) ** 2 < 1
+    image = 600 + 40 * np.sin(x / 9 + seed) + 40 * np.cos(y / 7) + 30 * np.sin(z / 11)
+    image += rng.normal(0, 10, shape)
+    if blob:
+        near = sum((a - b) ** 2 for a, b in zip((x, y, z), BLOB, strict=True)) < 13**2
+        image += 400 * near
+    return np.where(inside, image, 0).astype(np.float32)
+
+
+def save(
+    path: pathlib.Path, data: np.ndarray, affine: np.ndarray = AFFINE
+) -> pathlib.Path:
+    """Writes a scan whose sform and qform differ a little, with codes 1 and 2."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(data, None)
+    image.set_qform(affine + 1e-4 * np.eye(4, k=3), code=2)
+    image.set_sform(affine, code=1)
+    nib.save(image, path)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained, evaluated run and the scans that it was evaluated on."""
+
+    config: ExperimentConfig
+    workdir: pathlib.Path
+    scans: pathlib.Path
+    store: pathlib.Path
+
+    def predict(
+        self, source: pathlib.Path, output: pathlib.Path, **options: object
+    ) -> list[Prediction]:
+        """Predicts without bars."""
+        return predict.predict(
+            self.config, self.workdir, str(source), output, progress=False, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, mesh1: jax.sharding.Mesh) -> Run:
+    """Trained on the scans of a manifest; then its store is moved away."""
+    folder = tmp_path_factory.mktemp("predict")
+    splits = ["train"] * 3 + ["val"] * 2 + ["test"] * 2
+    subjects = [
+        manifest.SubjectFiles(
+            subject=f"{split}-{number}",
+            patient=f"{split}-{number}",
+            images={
+                "flair": save(
+                    folder / "scans" / f"{split}-{number}_FLAIR.nii.gz",
+                    head(number, blob=number == 6),
+                )
+            },
+            label="abnormal" if number == 6 else "healthy",
+            split=split,
+            licence=LICENCE,
+        )
+        for number, split in enumerate(splits)
+    ]
+    manifest.write(folder / "manifest.csv", subjects)
+    recipe = dataclasses.replace(
+        preprocess.RECIPES["grid2mm"], name="tiny", grid=(32, 32, 24), spacing=(4,) * 3
+    )
+    store = folder / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(preprocess.RECIPES, "tiny", recipe)
+        prepare.prepare(str(folder / "manifest.csv"), store, "tiny", workers=0)
+    config = smoke.get_config("variant=ae")
+    config.data.store = str(store)
+    runs.overridden(config, {"method.intermediate_resolution": 8, "seed": 3})
+    config.evaluation.export_maps = True
+    train.train(config, folder / "run", mesh=mesh1, progress=False)
+    evaluate.evaluate(config, folder / "run", mesh=mesh1, progress=False)
+    return Run(config, folder / "run", folder / "scans", store)
+
+
+@pytest.fixture(scope="module")
+def predicted(
+    run: Run, tmp_path_factory: pytest.TempPathFactory, mesh1: jax.sharding.Mesh
+) -> tuple[pathlib.Path, dict[str, Prediction]]:
+    """The scans of the evaluation, once more as files."""
+    folder = tmp_path_factory.mktemp("out")
+    found = run.predict(run.scans.parent / "manifest.csv", folder, mesh=mesh1)
+    return folder, {one.subject: one for one in found}
+
+
+def _load(path: pathlib.Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+def _report(one: Prediction) -> dict:
+    return json.loads(one.files["report"].read_text(), parse_constant=pytest.fail)
+
+
+def test_a_scan_gets_the_scores_that_evaluation_gives_it(
+    run: Run, predicted: tuple[pathlib.Path, dict[str, Prediction]]
+) -> None:
+    _, found = predicted
+    with (run.workdir / "results" / "test_subjects.csv").open() as file:
+        rows = {
+            row["subject"]: row
+            for row in csv.DictReader(file)
+            if row["scorer"] == "smoke"
+        }
+    assert set(rows) == {"test-5", "test-6"}
+    for subject, row in rows.items():
+        one = found[subject]
+        assert one.volume_score == float(row["volume_score"])
+        assert one.healthy_percentile == float(row["healthy_percentile"])
+        assert one.found_ml == pytest.approx(
+            float(row["found_ml_healthy_fpr"]), abs=6e-4
+        )
+        exported = run.workdir / "maps" / "test" / f"{subject}_desc-anomaly_map.nii.gz"
+        np.testing.assert_array_equal(_load(one.files["anomaly_map"]), _load(exported))
+
+
+def test_maps_lie_on_the_scans_own_voxels(
+    run: Run, predicted: tuple[pathlib.Path, dict[str, Prediction]]
+) -> None:
+    _, found = predicted
+    scan = nib.load(run.scans / "test-6_FLAIR.nii.gz")
+    kinds = {
+        "anomaly_map": np.float32,
+        "anomaly_mask": np.uint8,
+        "reconstruction_flair": np.float32,
+    }
+    for kind, dtype in kinds.items():
+        image = nib.load(found["test-6"].files[kind])
+        assert image.shape == scan.shape == SHAPE
+        assert image.get_data_dtype() == dtype
+        for name in (*nifti.PLACE, "pixdim"):
+            expected = scan.header[name]
+            np.testing.assert_array_equal(image.header[name], expected, name)
+        np.testing.assert_array_equal(image.affine, scan.affine)
+        assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (
+            1,
+            2,
+        )
+        assert b"research only" in image.header["descrip"].item()
+    reconstruction = _load(found["test-6"].files["reconstruction_flair"])
+    assert np.isfinite(reconstruction).all()
+    assert set(np.unique(_load(found["test-6"].files["anomaly_mask"]))) == {0, 1}
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "ASL"])
+def test_the_peak_lies_where_the_blob_is_in_the_world(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh, axes: str
+) -> None:
+    stored = nib.Nifti1Image(head(11, blob=True), AFFINE)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(AFFINE),
+        nib.orientations.axcodes2ornt(axes),
+    )
+    turned = stored.as_reoriented(turn)
+    data, affine = np.asarray(turned.dataobj), turned.affine
+    assert "".join(nib.aff2axcodes(affine)) == axes
+    path = save(tmp_path / "sub-1_FLAIR.nii.gz", data, affine)
+    (one,) = run.predict(path, tmp_path / "out", mesh=mesh1)
+    anomaly_map = nib.load(one.files["anomaly_map"])
+    values = np.asarray(anomaly_map.dataobj)
+    peak = np.unravel_index(values.argmax(), values.shape)
+    world = _world(data.shape, anomaly_map.affine)
+    assert np.linalg.norm(world[(slice(None), *peak)] - BLOB) < 13
+    mask = _load(one.files["anomaly_mask"]) > 0
+    near = np.linalg.norm(world - BLOB[:, None, None, None], axis=0) < 17
+    assert (mask & near).sum() > 0.5 * mask.sum() > 0
+    largest = _report(one)["found"]["largest"][0]
+    np.testing.assert_allclose(largest["centre_mm"], BLOB, atol=5)
+    assert one.num_components >= 1
+    assert largest["ml"] <= one.found_ml
+
+
+def test_the_report_says_what_made_it_and_no_folder(
+    run: Run, predicted: tuple[pathlib.Path, dict[str, Prediction]]
+) -> None:
+    folder, found = predicted
+    one = found["test-6"]
+    report = _report(one)
+    assert report["notice"] == prediction.NOTICE
+    assert "Not a medical device" in report["notice"]
+    assert report["run"]["name"] == "smoke"
+    assert report["run"]["step"] == 8
+    assert report["run"]["commit"]
+    assert report["run"]["training_data_licences"] == [LICENCE]
+    assert report["recipe"]["name"] == "tiny"
+    scan = run.scans / "test-6_FLAIR.nii.gz"
+    assert report["input"]["images"] == {
+        "flair": {"name": scan.name, "sha256": nifti.read_header(scan)[1]}
+    }
+    assert report["input"]["voxel_mm"] == [0.9, 0.9, 3.0]
+    assert report["score"]["healthy_percentile"] in (0, 50, 100)
+    assert report["score"]["num_healthy_validation_scans"] == 2
+    assert report["threshold"]["rule"] == "healthy_fpr"
+    assert report["threshold"]["source"].startswith("5 % false positives on 2 healthy")
+    assert report["found"]["ml"] == one.found_ml
+    voxels = _load(one.files["anomaly_mask"]).sum()
+    assert report["found"]["ml_of_the_mask_file"] == pytest.approx(
+        voxels * 0.9 * 0.9 * 3 / 1000, abs=1e-3
+    )
+    assert {(folder / name) for name in report["files"].values()} == {
+        path for kind, path in one.files.items() if kind != "report"
+    }
+    for path in folder.glob("*.json"):
+        assert str(folder.parent) not in path.read_text()
+        assert str(run.workdir.parent) not in path.read_text()
+    assert not list(folder.glob(".*"))
+    shown = prediction.render([found["test-5"], one], folder)
+    assert len([line for line in shown.splitlines() if "test-6" in line]) == 1
+    assert f"{one.found_ml:.2f} ml" in shown
+    assert shown.endswith("For research only, not a medical device.")
+
+
+def test_moved_without_its_store_and_on_8_devices_a_run_predicts_the_same(
+    run: Run,
+    predicted: tuple[pathlib.Path, dict[str, Prediction]],
+    tmp_path: pathlib.Path,
+    mesh8: jax.sharding.Mesh,
+) -> None:
+    folder, _ = predicted
+    shutil.copytree(run.workdir, tmp_path / "elsewhere")
+    config = smoke.get_config("variant=ae")
+    config_lib.fill(config, workdir_lib.read_json(tmp_path / "elsewhere/config.json"))
+    hidden = run.store.rename(tmp_path / "hidden")
+    try:
+        moved = dataclasses.replace(run, config=config, workdir=tmp_path / "elsewhere")
+        scan = run.scans / "test-6_FLAIR.nii.gz"
+        (one,) = moved.predict(scan, tmp_path / "out", mesh=mesh8)
+    finally:
+        hidden.rename(run.store)
+    for kind in ("anomaly_map", "reconstruction_flair"):
+        path = one.files[kind]
+        np.testing.assert_allclose(_load(path), _load(folder / path.name), atol=2e-6)
+
+
+def test_the_same_scan_gives_the_same_bytes_whatever_is_beside_it(
+    run: Run,
+    predicted: tuple[pathlib.Path, dict[str, Prediction]],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    folder, _ = predicted
+    (one,) = run.predict(run.scans / "val-4_FLAIR.nii.gz", tmp_path, mesh=mesh1)
+    assert one.subject == "val-4"
+    for path in one.files.values():
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+
+
+def _refused(run: Run, source: pathlib.Path, output: pathlib.Path, **given) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        run.predict(source, output, **given)
+    assert not list(output.rglob("*")) or output == source
+    return str(caught.value)
+
+
+def test_fault_B6_all_unfit_scans_are_named_and_nothing_is_written(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    folder = tmp_path / "in"
+    save(folder / "a_FLAIR.nii.gz", head(1))
+    whole = save(folder / "b_FLAIR.nii.gz", head(2)).read_bytes()
+    (folder / "b_FLAIR.nii.gz").write_bytes(whole[:-100])
+    save(folder / "c_FLAIR.nii.gz", np.where(head(3) > 0, np.nan, 0))
+    save(folder / "d_FLAIR.nii.gz", head(4) + 1)  # not skull-stripped
+    text = _refused(run, folder, tmp_path / "out", mesh=mesh1)
+    assert text.startswith("Nothing was predicted. Checked 4 subjects")
+    for name, what in (("b", "damaged or truncated"), ("c", "NaN"), ("d", "stripped")):
+        assert f"{name}_FLAIR.nii.gz" in text
+        assert what in text
+    assert "a_FLAIR.nii.gz" not in text
+    # What only the preparation finds: a brain larger than the grid.
+    large = tmp_path / "large"
+    for name in "ef":
+        save(large / f"{name}_FLAIR.nii.gz", head(5), AFFINE @ np.diag([2, 2, 2, 1]))
+    text = _refused(run, large, tmp_path / "out", mesh=mesh1)
+    assert "2 of 2 scans cannot be prepared" in text
+    assert "falls outside the tiny grid" in text
+
+
+def test_another_modality_is_refused_unless_forced(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    path = save(tmp_path / "in" / "a_T1.nii.gz", head(1))
+    text = _refused(run, path, tmp_path / "out", mesh=mesh1)
+    assert "there is t1, but the model was trained on flair" in text
+    (one,) = run.predict(path, tmp_path / "out", mesh=mesh1, force=True)
+    assert "by force" in one.warnings[0]
+    assert "by force" in _report(one)["warnings"][0]
+    assert "WARNING a: Predicted all the same" in prediction.render([one], tmp_path)
+
+
+def test_fault_B34_intensities_unlike_the_training_are_a_loud_warning(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    other = head(1) ** 12  # another histogram
+    path = save(tmp_path / "in" / "a_FLAIR.nii.gz", other / other.max())
+    (one,) = run.predict(path, tmp_path / "out", mesh=mesh1)
+    assert "unlike those of the 3 training scans" in one.warnings[0]
+    path = save(tmp_path / "in" / "a_FLAIR.nii.gz", head(1, blob=True) * 7)
+    (one,) = run.predict(path, tmp_path / "out", mesh=mesh1)
+    assert one.warnings == ()  # neither the unit nor a lesion is another modality
+
+
+def test_fault_B15_a_model_that_gives_nan_writes_nothing(
+    run: Run,
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored = scoring.score_volumes
+
+    def broken(*given: object) -> Iterator[scoring.VolumeArrays]:
+        for arrays in scored(*given):
+            bad = np.full_like(arrays.reconstruction, np.nan)
+            yield arrays._replace(reconstruction=bad)
+
+    monkeypatch.setattr(scoring, "score_volumes", broken)
+    path = save(tmp_path / "in" / "a_FLAIR.nii.gz", head(1))
+    text = _refused(run, path, tmp_path / "out", mesh=mesh1)
+    assert "a: the model gives NaN" in text
+    assert "reconstruction_flair" in text
+
+
+def test_what_a_run_lacks_is_named_with_the_command_that_makes_it(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    shutil.copytree(run.workdir, tmp_path / "run")
+    bare = dataclasses.replace(run, workdir=tmp_path / "run")
+    path = run.scans / "test-5_FLAIR.nii.gz"
+    shutil.rmtree(tmp_path / "run" / "calibration")
+    text = _refused(bare, path, tmp_path / "out", mesh=mesh1)
+    assert "holds no threshold for smoke" in text
+    assert f"run.py evaluate --workdir={tmp_path / 'run'} --step=8" in text
+    profile = tmp_path / "run" / "data_profile.json"
+    stored = json.loads(profile.read_text())
+    profile.write_text(json.dumps({**stored, "recipe_hash": "another"}))
+    assert "in another way" in _refused(bare, path, tmp_path / "out", mesh=mesh1)
+    profile.unlink()
+    text = _refused(bare, path, tmp_path / "out", mesh=mesh1)
+    assert "does not say on which modality" in text
+    data = tmp_path / "run" / "data_fingerprint.json"
+    data.write_text(json.dumps({"recipe": {"name": "phantom"}}))
+    text = _refused(bare, path, tmp_path / "out", mesh=mesh1, modality="flair")
+    assert "cannot make of NIfTI files" in text
+
+
+def test_maps_are_not_written_among_the_scans(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    save(tmp_path / "a_FLAIR.nii.gz", head(1))
+    text = _refused(run, tmp_path, tmp_path / "maps", mesh=mesh1)
+    assert "would be taken for scans" in text
+
+
+def test_a_scan_of_the_training_is_said_to_be_one(
+    predicted: tuple[pathlib.Path, dict[str, Prediction]],
+) -> None:
+    _, found = predicted
+    for name, one in found.items():
+        said = any("trained on this very scan" in text for text in one.warnings)
+        assert said == name.startswith("train-")
+
+
+def test_a_new_prediction_replaces_the_report_first(
+    run: Run,
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = run.scans / "test-5_FLAIR.nii.gz"
+    (one,) = run.predict(path, tmp_path, mesh=mesh1)
+    assert one.files["report"].is_file()
+    full = OSError(28, "No space left on device")
+
+    def save_no_more(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(nib, "save", save_no_more)
+    with pytest.raises(nifti.NiftiError, match="No space left"):
+        run.predict(path, tmp_path, mesh=mesh1)
+    assert not one.files["report"].exists()  # it would praise maps of another model
+    assert not list(tmp_path.glob(".*"))
