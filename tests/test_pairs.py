@@ -1,0 +1,284 @@
+"""Paired tests are right, and say no more than the patients allow."""
+
+import itertools
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fake_runs import fake_run
+from uad_jax import entries, pairs
+from uad_jax.entries import Entry
+
+SIX = [0.40, 0.50, 0.30, 0.70, 0.20, 0.60]
+BETTER = [0.55, 0.58, 0.33, 0.69, 0.31, 0.72]
+
+
+def named(values: list[float]) -> dict[str, float]:
+    return {f"s{number:02d}": value for number, value in enumerate(values)}
+
+
+def read(tmp_path: pathlib.Path, **runs: dict[str, Any]) -> list[Entry]:
+    folders = []
+    for name, options in runs.items():
+        options = {"learning_rate": len(folders), **options}
+        folders.append(fake_run(tmp_path / name, **options))
+    return entries.read(folders)
+
+
+def ap_tests(
+    found: list[Entry], num_rounds: int = 10_000, metric: str = "ap"
+) -> list[dict[str, Any]]:
+    sides = {entry.name: [entry] for entry in found}
+    tests = pairs.compare_all(sides, num_samples=200, num_rounds=num_rounds)
+    return [test for test in tests if test["metric"] == metric]
+
+
+def exhaustive(first: list[float], second: list[float]) -> float:
+    """Two-sided p by trying every assignment of signs, one after the other."""
+    differences = np.subtract(first, second)
+    observed = abs(differences.sum())
+    sums = [
+        abs(float(np.dot(signs, differences)))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
+    ]
+    return sum(one >= observed - 1e-12 for one in sums) / len(sums)
+
+
+def test_p_equals_trying_every_sign(tmp_path: pathlib.Path) -> None:
+    found = read(tmp_path, one={"ap": named(BETTER)}, two={"ap": named(SIX)})
+    (test,) = ap_tests(found)
+    assert test["p"] == pytest.approx(exhaustive(BETTER, SIX))
+    assert test["p"] == pytest.approx(4 / 64)  # all but one differ in one direction
+    assert test["difference"] == pytest.approx(np.mean(BETTER) - np.mean(SIX))
+    assert test["num_patients"] == 6
+    assert (test["first"], test["second"]) == ("one", "two")
+
+
+def test_volumes_of_a_patient_are_averaged_before_the_test(
+    tmp_path: pathlib.Path,
+) -> None:
+    patients = {f"s{number:02d}": f"p{number // 2}" for number in range(12)}
+    first = [x + y for x in BETTER for y in (-0.05, 0.05)]
+    second = [x + y for x in SIX for y in (0.1, -0.1)]
+    found = read(
+        tmp_path,
+        one={"ap": named(first), "patients": patients},
+        two={"ap": named(second), "patients": patients},
+    )
+    (test,) = ap_tests(found)
+    assert test["num_patients"] == 6
+    assert test["p"] == pytest.approx(exhaustive(BETTER, SIX))
+    values = pairs.patient_values(found[:1], "ap")
+    assert values == pytest.approx({f"p{i}": x for i, x in enumerate(BETTER)})
+
+
+def test_dice_is_tested_at_each_run_s_own_rule(tmp_path: pathlib.Path) -> None:
+    found = read(
+        tmp_path,
+        one={"ap": named(SIX), "dice": named(BETTER), "rule": "validated"},
+        two={"ap": named(SIX), "dice": named(SIX)},
+    )
+    (test,) = ap_tests(found, metric="dice")
+    assert test["p"] == pytest.approx(exhaustive(BETTER, SIX))
+    assert "operating rules differ" in test["notes"]
+    assert ap_tests(found)[0]["verdict"] == "equal"
+
+
+def test_holm_corrects_over_the_pairs_of_one_figure(tmp_path: pathlib.Path) -> None:
+    third = [x - 0.01 * i for i, x in enumerate(SIX)]
+    found = read(
+        tmp_path,
+        one={"ap": named(BETTER)},
+        two={"ap": named(SIX)},
+        three={"ap": named(third)},
+    )
+    tests = ap_tests(found)
+    p = sorted(test["p"] for test in tests)
+    expected = np.minimum(np.maximum.accumulate(np.multiply(p, [3, 2, 1])), 1.0)
+    assert sorted(test["p_holm"] for test in tests) == pytest.approx(list(expected))
+    assert [(test["first"], test["second"]) for test in tests] == [
+        ("one", "two"),
+        ("one", "three"),
+        ("two", "three"),
+    ]
+
+
+def many(count: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Values of two runs, the first clearly better on nearly every subject."""
+    rng = np.random.default_rng(count)
+    low = rng.uniform(0.2, 0.5, count)
+    return named(list(low + rng.uniform(0.02, 0.2, count))), named(list(low))
+
+
+@pytest.mark.parametrize(
+    ("count", "verdicts"),
+    [
+        (4, ("single cases, no ranking", "single cases, no ranking")),
+        (5, ("above", "below")),
+        (19, ("above", "below")),
+        (20, ("beats", "is beaten by")),
+    ],
+)
+def test_verdicts_are_as_strong_as_the_patients_are_many(
+    count: int, verdicts: tuple[str, str], tmp_path: pathlib.Path
+) -> None:
+    better, worse = many(count)
+    found = read(tmp_path, one={"ap": better}, two={"ap": worse})
+    assert (ap_tests(found)[0]["verdict"], ap_tests(found[::-1])[0]["verdict"]) == (
+        verdicts
+    )
+
+
+def test_cases_stand_alone_below_five_patients(tmp_path: pathlib.Path) -> None:
+    better, worse = many(4)
+    found = read(tmp_path, one={"ap": better}, two={"ap": worse})
+    (test,) = ap_tests(found)
+    assert [test[k] for k in ("p", "p_holm", "interval", "difference")] == [None] * 4
+    table = pairs.cases(found)
+    assert table["ap"]["s02"] == {"one": better["s02"], "two": worse["s02"]}
+    better, worse = many(5)
+    found = read(tmp_path / "more", one={"ap": better}, two={"ap": worse})
+    assert pairs.cases(found) == {}
+
+
+def test_a_difference_that_may_be_chance_beats_nothing(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, 24)
+    first, second = named(list(0.5 + noise)), named([0.5 + noise.mean() - 0.001] * 24)
+    found = read(tmp_path, one={"ap": first}, two={"ap": second})
+    assert ap_tests(found)[0]["verdict"] == "no difference shown"
+
+
+def test_unequal_training_is_said(tmp_path: pathlib.Path) -> None:
+    found = read(
+        tmp_path,
+        one={"ap": named(SIX), "slices": 1000},
+        close={"ap": named(SIX), "slices": 1009},
+        far={"ap": named(SIX), "slices": 1011, "undertrained": True},
+        maps={"ap": named(SIX), "slices": None},
+    )
+    notes = {(t["first"], t["second"]): t["notes"] for t in ap_tests(found)}
+    assert notes["one", "close"] == []
+    assert notes["one", "far"] == [
+        "slices seen differ (1000 to 1011)",
+        "undertrained: no claim about the method",
+    ]
+    assert notes["one", "maps"] == []
+
+
+def test_runs_that_differ_in_seed_or_fold_are_one_group(
+    tmp_path: pathlib.Path,
+) -> None:
+    ap = named(SIX)
+    found = read(
+        tmp_path,
+        a0={"ap": ap, "seed": 0, "learning_rate": 1},
+        a1={"ap": ap, "seed": 1, "learning_rate": 1},
+        a2={"ap": ap, "seed": 1, "fold": 1, "learning_rate": 1},
+        again={"ap": ap, "seed": 1, "learning_rate": 1},
+        other={"ap": ap, "seed": 0, "learning_rate": 2},
+        maps={"ap": ap, "slices": None, "learning_rate": 1},
+        more_maps={"ap": ap, "slices": None, "learning_rate": 1},
+    )
+    grouped = {
+        label: [entry.name for entry in members]
+        for label, members in pairs.groups(found).items()
+    }
+    assert grouped == {
+        "ae (3 runs)": ["a0", "a1", "a2"],
+        "again": ["again"],
+        "other": ["other"],
+        "maps": ["maps"],
+        "more_maps": ["more_maps"],
+    }
+
+
+def test_two_groups_of_one_method_have_names_of_their_own(
+    tmp_path: pathlib.Path,
+) -> None:
+    found = read(
+        tmp_path,
+        **{
+            f"r{rate}s{seed}": {"ap": named(SIX), "seed": seed, "learning_rate": rate}
+            for rate in (1, 2)
+            for seed in (0, 1)
+        },
+    )
+    assert list(pairs.groups(found)) == ["ae (2 runs)", "r2s0, r2s1"]
+
+
+def test_a_group_is_tested_on_the_mean_over_its_members(
+    tmp_path: pathlib.Path,
+) -> None:
+    low = [x - 0.1 for x in BETTER]
+    high = [x + 0.1 for x in BETTER]
+    found = read(
+        tmp_path,
+        a={"ap": named(low), "seed": 0, "learning_rate": 1},
+        b={"ap": named(high), "seed": 1, "learning_rate": 1},
+        c={"ap": named(SIX), "learning_rate": 2},
+    )
+    tests = pairs.compare_all(pairs.groups(found), num_samples=50, num_rounds=10_000)
+    test = next(test for test in tests if test["metric"] == "ap")
+    assert test["first"] == "ae (2 runs)"
+    assert test["p"] == pytest.approx(exhaustive(BETTER, SIX))
+    assert test["first_mean"] == pytest.approx(np.mean(BETTER))
+
+
+def test_the_baseline_with_the_highest_ap_is_the_one_to_beat(
+    tmp_path: pathlib.Path,
+) -> None:
+    (entry, _) = read(tmp_path, one={"ap": named(BETTER)}, two={"ap": named(SIX)})
+    baselines = {"low": named([0.1] * 6), "high": named([0.2] * 6)}
+    above = pairs.against_baselines([entry], baselines, 100)
+    assert above["baseline"] == "high"
+    assert above["difference"] == pytest.approx(np.mean(BETTER) - 0.2)
+    assert above["interval"][0] > 0
+    assert pairs.against_baselines([entry], {}, 100) == {}
+
+
+@pytest.mark.parametrize(
+    ("count", "seeds", "undertrained", "words"),
+    [
+        (20, 3, False, "2 of 3 runs above the best baseline (interval > 0): beats"),
+        (20, 2, False, "1 of 2 runs above the best baseline (interval > 0); fewer"),
+        (19, 3, False, "19 patients are too few"),
+        (20, 3, True, "undertrained: no claim"),
+    ],
+)
+def test_a_claim_needs_patients_seeds_and_training(
+    count: int, seeds: int, undertrained: bool, words: str, tmp_path: pathlib.Path
+) -> None:
+    better, worse = many(count)
+    options = {"learning_rate": 1, "undertrained": undertrained}
+    found = read(
+        tmp_path,
+        **{
+            f"s{seed}": {"ap": worse if seed == 0 else better, "seed": seed, **options}
+            for seed in range(seeds)
+        },
+    )
+    above = [pairs.against_baselines([e], {"raw": worse}, 100) for e in found]
+    assert words in pairs.claim(found, above)
+
+
+def test_a_value_that_only_one_member_has_is_refused(tmp_path: pathlib.Path) -> None:
+    found = read(tmp_path, a={"ap": named(SIX)}, b={"ap": named(SIX)})
+    rows = found[1].rows["ae"]
+    rows["s01"]["ap"] = ""
+    with pytest.raises(entries.CompareError, match="s01: only some of a, b"):
+        pairs.patient_values(found, "ap")
+
+
+def test_no_lesions_no_tests(tmp_path: pathlib.Path) -> None:
+    options: dict[str, Any] = {"ap": {}, "dice": {"x": math.nan}, "healthy": ["x", "y"]}
+    found = read(tmp_path, a=options, b=options)
+    assert (
+        pairs.compare_all(
+            {entry.name: [entry] for entry in found}, num_samples=10, num_rounds=10
+        )
+        == []
+    )

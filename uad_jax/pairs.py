@@ -1,0 +1,277 @@
+"""Which of two runs is better, and how sure that is.
+
+The unit is the patient: the values of a patient's volumes are averaged first. Runs
+that differ only in seed or fold are the members of one group; a group's value of a
+volume is the mean over its members.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uad_jax.entries import CompareError, Entry, lesion_values
+from uad_jax.metrics import statistics
+from uad_jax.verdict import MIN_PATIENTS_TO_BEAT, MIN_PATIENTS_TO_RANK
+
+ALPHA = 0.05
+MIN_RUNS_TO_BEAT = 3  # fewer seeds: no claim about a method
+_SAME_SLICES = 1.01  # numbers of slices seen that count as equal
+METRICS = {"ap": "AP", "dice": "Dice at the operating threshold"}
+# What may differ between the members of a group, beside seed and fold.
+_FREE = ("name", "source", "evaluation")
+_FREE_TRAIN = ("log_every", "keep_checkpoints", "keep_every", "evaluate_every")
+_FREE_DATA = ("store", "placement", "device_budget_gib", "num_workers", "read_threads")
+
+
+def groups(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Puts runs together that differ only in seed or fold.
+
+    Returns:
+      Label -> members; every entry is in one group, maps each in their own.
+    """
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        key = _identity(entry)
+        place = 0
+        while _has_twin(entry, found.get(f"{key}#{place}", [])):
+            place += 1  # the same seed and fold again is no further sample
+        found.setdefault(f"{key}#{place}", []).append(entry)
+    labelled: dict[str, list[Entry]] = {}
+    for members in found.values():
+        label = members[0].name
+        if len(members) > 1:
+            label = f"{members[0].scorer} ({len(members)} runs)"
+            if label in labelled:
+                label = f"{', '.join(member.name for member in members)}"
+        labelled[label] = members
+    return labelled
+
+
+def patient_values(
+    members: Sequence[Entry], metric: str, scorer: str = ""
+) -> dict[str, float]:
+    """Values per patient, averaged over volumes and members.
+
+    Args:
+      members: Runs; one, or those of a group.
+      metric: "ap" or "dice", the latter at each member's own operating threshold.
+      scorer: Whose values; "" = the run's own.
+
+    Returns:
+      Patient -> value, over volumes with an annotated lesion; empty if there are
+      none, or no operating threshold.
+
+    Raises:
+      CompareError: If a volume has a value in some members only.
+    """
+    totals: dict[str, list[float]] = {}
+    patients: dict[str, str] = {}
+    for member in members:
+        rule, threshold = member.operating
+        if metric == "dice" and (not rule or threshold is None):
+            return {}
+        column = "ap" if metric == "ap" else f"dice_{rule}"
+        rows = member.rows[scorer or member.scorer]
+        values, patients = lesion_values(rows, column)
+        for subject, number in values.items():
+            totals.setdefault(subject, []).append(number)
+    torn = [name for name, found in totals.items() if len(found) != len(members)]
+    if torn:
+        raise CompareError(
+            f"{', '.join(sorted(torn)[:5])}: only some of "
+            f"{', '.join(member.name for member in members)} have a value. Evaluate "
+            "them again, all on one store."
+        )
+    means = {name: math.fsum(found) / len(found) for name, found in totals.items()}
+    return statistics.by_unit(means, patients)
+
+
+def compare_all(
+    sides: Mapping[str, Sequence[Entry]], *, num_samples: int, num_rounds: int
+) -> list[dict[str, Any]]:
+    """Tests every two of some runs, or of some groups, for AP and for Dice.
+
+    Args:
+      sides: Name -> the run alone, or the members of a group.
+      num_samples: Bootstrap resamplings of the patients.
+      num_rounds: Sign patterns of the permutation test.
+
+    Returns:
+      One row per pair and metric: means, their difference with 95 % interval, p,
+      Holm's p over all pairs of the metric, a verdict, and notes.
+    """
+    found = []
+    for metric, heading in METRICS.items():
+        tests = [
+            _test(metric, heading, one, other, num_samples, num_rounds)
+            for one, other in itertools.combinations(sides.items(), 2)
+        ]
+        tests = [test for test in tests if test["num_patients"]]
+        named = {i: t["p"] for i, t in enumerate(tests) if t["p"] is not None}
+        adjusted = statistics.holm(named)
+        for i, test in enumerate(tests):
+            test["p_holm"] = adjusted.get(i)
+            test["verdict"] = _verdict(test)
+        found += tests
+    return found
+
+
+def cases(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, float]]]:
+    """Metric -> patient -> run -> value, where patients are too few to rank by."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for metric in METRICS:
+        for entry in entries:
+            values = patient_values([entry], metric)
+            if 0 < len(values) < MIN_PATIENTS_TO_RANK:
+                for patient, number in values.items():
+                    row = found.setdefault(metric, {}).setdefault(patient, {})
+                    row[entry.name] = number
+    return found
+
+
+def against_baselines(
+    members: Sequence[Entry],
+    baselines: Mapping[str, Mapping[str, float]],
+    num_samples: int,
+) -> dict[str, Any]:
+    """The AP of a run or a group minus that of the best baseline.
+
+    Args:
+      members: The run, or the members of a group.
+      baselines: Baseline -> patient -> AP.
+      num_samples: Bootstrap resamplings of the patients.
+
+    Returns:
+      "baseline", "num_patients", "difference", "interval"; empty without baselines
+      or with too few patients.
+    """
+    values = patient_values(members, "ap")
+    if len(values) < MIN_PATIENTS_TO_RANK or not baselines:
+        return {}
+    best = max(
+        baselines,
+        key=lambda name: statistics.summarize(list(baselines[name].values())).mean,
+    )
+    difference = statistics.paired_bootstrap(
+        values, baselines[best], num_samples=num_samples
+    )
+    return {
+        "baseline": best,
+        "num_patients": difference.num_subjects,
+        "difference": difference.estimate,
+        "interval": [difference.low, difference.high],
+    }
+
+
+def claim(members: Sequence[Entry], above: Sequence[Mapping[str, Any]]) -> str:
+    """What a group of runs shows about its method against the baselines.
+
+    Args:
+      members: The runs.
+      above: `against_baselines` of each.
+    """
+    if not all(above):
+        return "no comparison with the baselines"
+    beating = sum(one["interval"][0] > 0 for one in above)
+    text = f"{beating} of {len(members)} runs above the best baseline (interval > 0)"
+    count = above[0]["num_patients"]
+    if count < MIN_PATIENTS_TO_BEAT:
+        return f"{text}; {count} patients are too few for a claim"
+    if any(member.training.get("undertrained") for member in members):
+        return f"{text}; undertrained: no claim about the method"
+    if len(members) < MIN_RUNS_TO_BEAT:
+        return f"{text}; fewer than {MIN_RUNS_TO_BEAT} seeds: no claim"
+    beats = 3 * beating >= 2 * len(members)
+    return f"{text}: {'beats' if beats else 'does not beat'} the baselines"
+
+
+def same_slices(counts: Sequence[int]) -> bool:
+    """Whether numbers of slices seen are equal to 1 %."""
+    return not counts or max(counts) <= _SAME_SLICES * min(counts)
+
+
+def _test(
+    metric: str,
+    heading: str,
+    one: tuple[str, Sequence[Entry]],
+    other: tuple[str, Sequence[Entry]],
+    num_samples: int,
+    num_rounds: int,
+) -> dict[str, Any]:
+    first, second = (patient_values(side[1], metric) for side in (one, other))
+    row: dict[str, Any] = {
+        "metric": metric,
+        "heading": heading,
+        "first": one[0],
+        "second": other[0],
+        "num_patients": len(first) if second else 0,
+        "difference": None,
+        "interval": None,
+        "p": None,
+        "notes": _notes(metric, one[1], other[1]),
+    }
+    if row["num_patients"] < MIN_PATIENTS_TO_RANK:
+        return row
+    interval = statistics.paired_bootstrap(first, second, num_samples=num_samples)
+    row["first_mean"] = statistics.summarize(list(first.values())).mean
+    row["second_mean"] = statistics.summarize(list(second.values())).mean
+    row["difference"] = interval.estimate
+    row["interval"] = [interval.low, interval.high]
+    row["p"] = statistics.paired_permutation(first, second, num_rounds=num_rounds)
+    return row
+
+
+def _verdict(test: Mapping[str, Any]) -> str:
+    if test["difference"] is None:
+        return "single cases, no ranking"
+    difference, (low, high) = test["difference"], test["interval"]
+    if difference == 0:
+        return "equal"
+    if test["num_patients"] < MIN_PATIENTS_TO_BEAT:
+        return "above" if difference > 0 else "below"
+    if (low > 0 or high < 0) and test["p_holm"] < ALPHA:
+        return "beats" if difference > 0 else "is beaten by"
+    return "no difference shown"
+
+
+def _notes(metric: str, one: Sequence[Entry], other: Sequence[Entry]) -> list[str]:
+    notes = []
+    members = [*one, *other]
+    if len({_identity(member) for member in members}) == 1:
+        notes.append("only the seed or the fold differs")
+    if len({member.operating[0] for member in members}) > 1 and metric == "dice":
+        notes.append("operating rules differ")
+    seen = [member.training.get("slices_seen") for member in members]
+    known = [count for count in seen if count]
+    if not same_slices(known):
+        notes.append(f"slices seen differ ({min(known)} to {max(known)})")
+    if any(member.training.get("undertrained") for member in members):
+        notes.append("undertrained: no claim about the method")
+    return notes
+
+
+def _identity(entry: Entry) -> str:
+    """Text that the members of a group share."""
+    run = entry.results["run"]
+    config = run.get("config")
+    if not config:
+        return json.dumps(["alone", entry.name])
+    kept = {k: v for k, v in config.items() if k not in (*_FREE, "seed")}
+    kept["train"] = _without(config.get("train"), _FREE_TRAIN)
+    kept["data"] = _without(config.get("data"), (*_FREE_DATA, "fold"))
+    return json.dumps([kept, run.get("data_fingerprint")], sort_keys=True)
+
+
+def _without(part: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
+    return {key: item for key, item in (part or {}).items() if key not in names}
+
+
+def _has_twin(entry: Entry, members: Sequence[Entry]) -> bool:
+    return any(_seed_and_fold(entry) == _seed_and_fold(one) for one in members)
+
+
+def _seed_and_fold(entry: Entry) -> tuple[Any, Any]:
+    config = entry.results["run"]["config"] or {}
+    return config.get("seed"), (config.get("data") or {}).get("fold")
