@@ -1,15 +1,12 @@
 """One self-contained HTML page: tables, curves, pictures, provenance."""
 
-import base64
 import json
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
-from uad_jax import breakdowns, tables
+from uad_jax import breakdowns, pages, tables
 from uad_jax.tables import Table
 
 _TOP = 5  # of a ranking, on the terminal
@@ -89,24 +86,13 @@ def write(
         may be absent.
       subjects: Rows of the per-subject CSV, of the model.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uad_jax"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
+    pages.write(
+        path,
+        "report.html.j2",
         **_content(_model_first(results), subjects),
         has_curves=any(name in figures for name in _CURVES),
-        figures={
-            name: "data:image/png;base64," + base64.b64encode(png).decode()
-            for name, png in figures.items()
-        },
+        figures={name: pages.embedded(png) for name, png in figures.items()},
     )
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _content(
