@@ -1,0 +1,259 @@
+"""A comparison of runs: its table, its files and its words."""
+
+import csv
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import stores
+from tests.fake_runs import fake_run
+from uad_jax import compare, entries
+
+AP = {"test-1": 0.40, "test-3": 0.50, "test-5": 0.30, "test-7": 0.70, "test-9": 0.20}
+BETTER = {"test-1": 0.55, "test-3": 0.58, "test-5": 0.33, "test-7": 0.8, "test-9": 0.31}
+BASELINES = {"raw": dict.fromkeys(AP, 0.1), "atlas-z": dict.fromkeys(AP, 0.25)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("compare")
+    return stores.tiny_store(folder, {"train": 1, "test": 10})
+
+
+def four(folder: pathlib.Path, store: pathlib.Path) -> list[pathlib.Path]:
+    """Two seeds of one method, another method, and maps of another tool."""
+    mask = np.zeros((6, 32, 32), bool)
+    mask[2:4, 8:20, 8:20] = True
+    by_step = [
+        {
+            "set": "test",
+            "step": step,
+            "train_seconds": step / 2,
+            "ap_volume_mean": step / 200,
+            "fingerprint": "f1" * 32,
+        }
+        for step in (50, 100)
+    ]
+    shared: dict[str, Any] = {
+        "masks": dict.fromkeys(AP, mask),
+        "store": str(store),
+        "healthy": ["test-0", "test-2"],
+        "losses": {50: 0.5, 100: 0.25},
+    }
+    vae = {**shared, "name": "vae", "learning_rate": 1, "baselines": BASELINES}
+    return [
+        fake_run(folder / "v0", BETTER, by_step=by_step, **vae),
+        fake_run(folder / "v1", AP, seed=1, **vae),
+        fake_run(
+            folder / "ae",
+            AP,
+            **{**shared, "slices": 2000},
+            undertrained=True,
+            metrics={
+                "dice_ceiling_pooled": 0.625,
+                "lesion_recall_healthy_fpr": 0.75,
+                "false_positive_ml_healthy_fpr_healthy_mean": 12.5,
+            },
+        ),
+        fake_run(folder / "tool" / "maps", AP, **{**shared, "slices": None}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compared(
+    tmp_path_factory: pytest.TempPathFactory, store: pathlib.Path
+) -> tuple[dict[str, Any], pathlib.Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    result = compare.compare(four(folder, store), folder / "out", num_samples=100)
+    return result, folder / "out"
+
+
+def table(output: pathlib.Path) -> dict[str, dict[str, str]]:
+    with (output / "compare.csv").open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_one_table_holds_runs_groups_and_each_baseline_once(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    rows = table(compared[1])
+    assert list(rows) == ["v0", "v1", "ae", "maps", "vae (2 runs)", "atlas-z", "raw"]
+    assert [row["role"] for row in rows.values()] == [
+        *["run"] * 3,
+        "maps",
+        "group",
+        *["baseline"] * 2,
+    ]
+    assert float(rows["v0"]["ap_volume_mean"]) == pytest.approx(0.514)
+    assert float(rows["ae"]["lesion_recall_healthy_fpr"]) == 0.75
+    assert rows["maps"]["slices_seen"] == ""
+    assert rows["ae"]["remark"] == "undertrained"
+    assert float(rows["raw"]["ap_pooled"]) == pytest.approx(0.1)
+
+
+def test_a_group_has_mean_and_spread_of_its_runs(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    group = compared[0]["groups"]["vae (2 runs)"]
+    assert group["members"] == ["v0", "v1"]
+    assert group["num_runs"] == 2
+    assert group["num_patients"] == 5
+    metrics = group["metrics"]
+    assert metrics["ap_volume_mean"] == pytest.approx((0.514 + 0.42) / 2)
+    assert metrics["ap_volume_mean_sd"] == pytest.approx(0.094 / np.sqrt(2))
+    low, high = metrics["ap_volume_mean_interval"]
+    assert low < 0.467 < high
+    assert group["training"]["slices_seen"] == 1000
+
+
+def test_every_run_is_held_against_the_best_baseline(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    for run in compared[0]["runs"].values():
+        assert run["against_baselines"]["baseline"] == "atlas-z"
+    found = compared[0]["runs"]["v0"]["against_baselines"]
+    assert found["difference"] == pytest.approx(0.514 - 0.25)
+
+
+def test_every_two_runs_are_tested(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    tests = [test for test in compared[0]["pairs"] if test["metric"] == "ap"]
+    assert len(tests) == 6
+    assert len(compared[0]["pairs"]) == 12
+    first = tests[0]
+    # Of the 32 sign patterns only the observed one and its opposite are as extreme.
+    assert first["p"] == pytest.approx(2 / 32)
+    assert first["difference"] == pytest.approx(0.094)
+    assert first["verdict"] == "above"
+    assert first["notes"] == ["only the seed or the fold differs"]
+    groups = {(t["first"], t["second"]) for t in compared[0]["group_pairs"]}
+    assert ("vae (2 runs)", "ae") in groups
+
+
+def test_unequal_slices_are_noted(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    notes = " ".join(compared[0]["notes"])
+    assert "Slices seen differ: v0 1000, v1 1000, ae 2000." in notes
+
+
+def test_curves_take_every_checkpoint_that_was_evaluated(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    curves = compared[0]["curves"]
+    points = curves["v0"]["points"]
+    assert [(p["step"], p["train_seconds"], p["ap"]) for p in points] == [
+        (50, 25, 0.25),
+        (100, 50, 0.5),
+    ]
+    (only,) = curves["v1"]["points"]
+    assert (only["step"], only["train_seconds"]) == (100, 50)
+    assert only["ap"] == pytest.approx(0.42)
+    assert curves["maps"]["points"][0]["step"] is None
+    assert curves["v1"]["validation"] == [
+        {"step": 50, "train_seconds": 25.0, "validation_loss": 0.5},
+        {"step": 100, "train_seconds": 50.0, "validation_loss": 0.25},
+    ]
+
+
+def test_json_is_the_result_without_nan(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    result, output = compared
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    stored = json.loads((output / "compare.json").read_text(), parse_constant=refuse)
+    assert stored["pairs"] == result["pairs"]
+    assert stored["groups"]["vae (2 runs)"]["members"] == ["v0", "v1"]
+    assert stored["runs"].keys() == result["runs"].keys()
+
+
+def test_the_page_stands_alone(
+    compared: tuple[dict[str, Any], pathlib.Path], store: pathlib.Path
+) -> None:
+    result, output = compared
+    page = (output / "compare.html").read_text()
+    assert "For research only. Not a medical device." in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == len(result["panels"]) + 2  # curves over steps and seconds
+    assert all(source.startswith("data:image/png") for source in sources)
+    assert str(store) not in page
+    assert str(output.parent) not in page
+    for word in ("v0 above v1", "Ceiling: chosen on this test set", "0.625", "12.5"):
+        assert word in page
+    assert [one["subject"] for one in result["panels"]] == [
+        "test-7",
+        "test-1",
+        "test-9",
+    ]
+
+
+def test_the_terminal_shows_table_groups_and_notes(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    text = compare.render(compared[0])
+    assert "ae (undertrained)" in text
+    assert "AP: vae (2 runs) above ae" in text
+    assert "vae (2 runs): 2 of 2 runs above the best baseline" in text.replace(
+        "\n", " "
+    )
+    assert "Note: Slices seen differ" in text
+    assert "Ceiling" not in text
+
+
+def test_nothing_is_written_when_the_runs_do_not_fit(tmp_path: pathlib.Path) -> None:
+    one = fake_run(tmp_path / "one", AP)
+    two = fake_run(tmp_path / "two", {"test-1": 0.5})
+    with pytest.raises(entries.CompareError, match="only in one"):
+        compare.compare([one, two], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_few_patients_get_a_row_each(tmp_path: pathlib.Path) -> None:
+    few = {"p": 0.5, "q": 0.25}
+    folders = [fake_run(tmp_path / name, few) for name in ("one", "two")]
+    result = compare.compare(folders, tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "of each patient: there are too few" in page
+    assert "single cases, no ranking" in page
+    assert result["cases"]["ap"] == {
+        "p": {"one": 0.5, "two": 0.5},
+        "q": {"one": 0.25, "two": 0.25},
+    }
+    assert compare.render(result)
+
+
+def test_without_lesion_masks_there_is_still_a_comparison(
+    tmp_path: pathlib.Path,
+) -> None:
+    folders = [
+        fake_run(
+            tmp_path / name,
+            {},
+            {"x": 0.0},
+            healthy=["x", "y"],
+            metrics={"volume_auroc": 0.75},
+        )
+        for name in ("one", "two")
+    ]
+    result = compare.compare(folders, tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "no annotated lesions" in page
+    assert "0.750" in page
+    assert result["pairs"] == []
+    assert compare.render(result)
+
+
+def test_baselines_that_differ_between_runs_are_said(tmp_path: pathlib.Path) -> None:
+    one = fake_run(tmp_path / "one", AP, baselines=BASELINES)
+    two = fake_run(tmp_path / "two", AP, baselines={"raw": dict.fromkeys(AP, 0.3)})
+    result = compare.compare([one, two], tmp_path / "out")
+    assert any("baseline raw of two has another AP" in n for n in result["notes"])
+    assert result["baselines"]["raw"]["ap_pooled"] == pytest.approx(0.1)
