@@ -21,7 +21,7 @@ from uad_jax.ops import schedules
 from uad_jax.types import Array, Key
 
 Denoiser = Callable[[Array, Array], Array]  # (xt [N, H, W, C], t [N]) -> [N, H, W, C]
-NoiseFn = Callable[[Key, Array], Array]  # (keys, t [N]) -> [N, H, W, C]; ops/noise.py
+NoiseFn = Callable[[Key, Array], Array]  # (keys [N] or [], t [N]) -> [N, H, W, C]
 
 
 class Prediction(enum.Enum):
