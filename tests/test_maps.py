@@ -1,7 +1,6 @@
 """Maps in files: found by name, placed by their affine, scored like a method's."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -441,39 +440,6 @@ def test_a_tools_own_volume_scores_take_the_place_of_the_mean(
         assert slices.max() == pytest.approx(1.0)  # still the mean
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is damaged"),
-        ("[1]", "holds a list"),
-        ('{"sub-1": 3}', "sub-1: found 3; expected volume_score"),
-        ('{"sub-1": {"score": 3}}', "sub-1: found score; expected volume_score"),
-        ('{"sub-1": {"volume_score": NaN}}', "sub-1: volume_score holds 1 NaN"),
-        ('{"sub-1": {"volume_score": 1e300}}', "sub-1: volume_score holds 1 NaN"),
-        ('{"sub-1": {"volume_score": "a"}}', "sub-1: volume_score is not one number"),
-        ('{"sub-2": {"slice_score": [1, 2]}}', r"slice_score has shape \(2,\).*5 num"),
-        ('{"sub-2": {"slice_score": [1, [2]]}}', "slice_score is not 5 numbers"),
-        ('{"sub-1": {"volume_score": 1}}', "not for sub-10, sub-1_ses-2, sub-2"),
-    ],
-)
-def test_scores_that_cannot_be_used_are_an_error(
-    tmp_path: pathlib.Path,
-    store: Store,
-    mesh1: jax.sharding.Mesh,
-    content: str,
-    message: str,
-) -> None:
-    for info in store.volumes:
-        maps.write_scores(
-            tmp_path, info, np.zeros((info.depth, 32, 32)), np.zeros(info.depth), 0.0
-        )
-    (tmp_path / "scores.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        maps.scorer(
-            "tool", tmp_path, store, store.volumes, Protocol.NONE, mesh1, progress=False
-        )
-
-
 def test_all_maps_that_cannot_be_used_are_listed_before_anything_is_scored(
     tmp_path: pathlib.Path, store: Store, mesh1: jax.sharding.Mesh
 ) -> None:
@@ -489,18 +455,3 @@ def test_all_maps_that_cannot_be_used_are_listed_before_anything_is_scored(
     text = str(error.value)
     for words in ("are NaN", f"shape {(69, 66, 16)}", "looks like HTML"):
         assert words in text
-
-
-def test_a_score_written_again_replaces_the_one_before(
-    tmp_path: pathlib.Path, store: Store
-) -> None:
-    infos = store.volumes[:2]
-    for info, value in itertools.product(infos, (1.0, 2.0)):
-        zeros = np.zeros((info.depth, 32, 32))
-        maps.write_scores(tmp_path, info, zeros, np.full(info.depth, value), value)
-    table = json.loads((tmp_path / "scores.json").read_text())
-    assert table == {
-        info.subject: {"volume_score": 2.0, "slice_score": [2.0] * info.depth}
-        for info in infos
-    }
-    assert len(list(tmp_path.iterdir())) == 3  # nothing temporary is left
