@@ -217,10 +217,10 @@ def complete() -> Json:
             for name in SCORERS
         },
         "healthy_reconstruction": {
-            "l1_brain": draw(0.1),
             "l1_box": draw(0.1),
-            "ssim": draw(),
+            "l1_brain": draw(0.1),
             "psnr": draw(40),
+            "ssim": draw(),
         },
         "counts": {"volumes without annotation": 0, "lesion voxels": 104329},
     }

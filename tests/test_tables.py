@@ -98,3 +98,16 @@ def test_the_best_baseline_has_the_highest_ap_unless_it_is_named() -> None:
     del results["scorers"]["raw intensity"], results["scorers"]["atlas-z"]
     assert tables.best_baseline(results) is None
     assert tables.operating_points(results) is not None
+
+
+def test_a_baseline_with_the_rate_of_the_config_only_stands_in_its_row(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    best = results["scorers"]["atlas-z"]
+    for rate in (1, 5, 10):
+        del best[f"dice_healthy_fpr_{rate}_volume_mean"]
+    _, page = reports.written(tmp_path, results)
+    _, _, *rows = reports.table(page, "Threshold from")
+    dice = f"{best['dice_healthy_fpr_volume_mean']:.3f}"
+    assert [row[-1] for row in rows[:3]] == ["-", dice, "-"]

@@ -136,19 +136,12 @@ def cases(results: Mapping[str, Any]) -> Table | None:
 
 def reconstruction(results: Mapping[str, Any]) -> Table | None:
     """Errors of the reconstruction of healthy scans."""
-    found = {
-        name: value
-        for name, value in (results.get("healthy_reconstruction") or {}).items()
-        if tables.exists(value)
-    }
-    if not found:
+    found = results.get("healthy_reconstruction") or {}
+    shown = [name for name in _ERRORS if tables.exists(found.get(name))]
+    if not shown:
         return None
-    shown = [_ERRORS.get(name, (name, "", 4)) for name in found]
-    cells = [
-        tables.number(value, digits)
-        for value, (_, _, digits) in zip(found.values(), shown, strict=True)
-    ]
-    head = [(heading, meaning) for heading, meaning, _ in shown]
+    cells = [tables.number(found[name], _ERRORS[name][2]) for name in shown]
+    head = [_ERRORS[name][:2] for name in shown]
     caption = "Means over the healthy scans of this set."
     return Table(caption, head, [cells])
 

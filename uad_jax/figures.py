@@ -408,6 +408,8 @@ def volume_scores(groups: Mapping[str, Sequence[float] | np.ndarray]) -> bytes:
     for row, scores in enumerate(groups.values()):
         ordered = np.sort(scores)
         spread = (np.arange(len(ordered)) * 0.382) % 0.5 - 0.25  # dots seldom overlap
+        if len(ordered) > 1:
+            axis.plot([np.median(ordered)] * 2, [row - 0.38, row + 0.38], "k", lw=2.5)
         axis.plot(
             ordered,
             row + spread,
@@ -416,8 +418,6 @@ def volume_scores(groups: Mapping[str, Sequence[float] | np.ndarray]) -> bytes:
             alpha=0.7,
             markeredgewidth=0,
         )
-        if len(ordered):
-            axis.plot([np.median(ordered)] * 2, [row - 0.38, row + 0.38], "k", lw=2.5)
     axis.set_yticks(
         range(len(groups)),
         [f"{name} ({len(scores)})" for name, scores in groups.items()],

@@ -233,9 +233,8 @@ def operating_points(results: Mapping[str, Any]) -> Table | None:
     groups = [("", 2), *_spans([figure.group for figure in figures])]
     best = best_baseline(results)
     if best and rows:
-        keys = [f"dice_{rule}_volume_mean" for rule in rules]
-        for cells, key in zip(rows, keys, strict=True):
-            cells.append(number(results["scorers"][best].get(key)))
+        for cells, rule in zip(rows, rules, strict=True):
+            cells.append(number(_dice_of(results, best, rule)))
         meaning = "its Dice (mean over volumes) by the same rule, at its own threshold"
         head.append(("Dice volume mean", meaning))
         groups.append((best, 1))
@@ -249,6 +248,15 @@ def operating_points(results: Mapping[str, Any]) -> Table | None:
         weak=(order.index(_CEILING),) if _CEILING in order else (),
         groups=tuple(groups),
     )
+
+
+def _dice_of(results: Mapping[str, Any], scorer: str, rule: str) -> float | None:
+    """Dice of a baseline, which may have the rate of the config only."""
+    metrics = results["scorers"][scorer]
+    value = metrics.get(f"dice_{rule}_volume_mean")
+    if value is None and _same_as_rate(results, "healthy_fpr", [rule]) == rule:
+        value = metrics.get("dice_healthy_fpr_volume_mean")
+    return value
 
 
 def _rules(results: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
