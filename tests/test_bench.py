@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tests import runs, stores
 from tests.test_seams import AdversarialConfig
-from uad_jax import bench, bench_score, config, flops, programs
+from uad_jax import bench, bench_score, bench_setting, config, flops, programs
 from uad_jax.methods import base
 
 FAST: dict[str, Any] = {"repeats": 3, "seconds": 0.02}
@@ -182,6 +182,11 @@ def test_every_row_is_one_line(measured: Measured) -> None:
     assert measured.lines[0] == bench.line("smoke", measured.rows[0])
 
 
+def test_a_figure_has_three_digits_and_no_exponent() -> None:
+    found = [bench._figure(x) for x in (1234.5, 650.2, 98.04, 1.3, 0.0123)]
+    assert found == ["1,234", "650", "98", "1.3", "0.0123"]
+
+
 def test_a_batch_that_does_not_fit_is_a_row_and_the_sweep_goes_on(
     mesh1: Mesh,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,14 +243,30 @@ def test_a_pretraining_stage_is_skipped_with_a_sentence(
 def test_several_steps_per_call_are_counted_as_steps(
     mesh1: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench_setting, "timed", lambda call, setting: [0.4])
     one = bench.bench(_scale_config(), score=False, mesh=mesh1, **FAST)["rows"][0]
     monkeypatch.setattr(programs, "steps_per_call", lambda wanted, mesh: 4)
     four = bench.bench(_scale_config(), score=False, mesh=mesh1, **FAST)["rows"][0]
     assert (one["steps_per_call"], four["steps_per_call"]) == (1, 4)
+    assert one["milliseconds_per_step"]["median"] == 400
+    assert four["milliseconds_per_step"]["median"] == 100
+    assert four["slices_per_second"] == 8 / 0.1
     assert four["flops_per_slice"] == one["flops_per_slice"]
-    assert four["slices_per_step"] == one["slices_per_step"] == 8
-    per_step = four["milliseconds_per_step"]["median"]
-    assert four["slices_per_second"] == pytest.approx(1000 * 8 / per_step)
+    assert four["flops_per_second"] == 4 * one["flops_per_second"]
+
+
+def test_times_of_a_batch_of_volumes_are_divided_by_the_volumes(
+    store: pathlib.Path, mesh1: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_setting, "timed", lambda call, setting: [0.4])
+    tiny = runs.smoke_config(store)
+    (row,) = bench.bench(tiny, train=False, mesh=mesh1, **FAST)["rows"]
+    assert row["milliseconds_per_volume"]["median"] == 200
+    assert row["postprocess_milliseconds_per_volume"]["median"] == 200
+    assert row["metrics_milliseconds_per_volume"]["median"] == 400  # one at a time
+    assert row["slices_per_second"] == 6 / 0.2
+    per_second = row["flops_per_slice"] * row["slices_per_second"]
+    assert row["flops_per_second"] == pytest.approx(per_second)
 
 
 def test_slabs_count_all_their_slices(store: pathlib.Path, mesh1: Mesh) -> None:

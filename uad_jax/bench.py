@@ -220,9 +220,9 @@ def _memory_limit(mesh: Mesh) -> tuple[int, str]:
     """Bytes that one device of the mesh may use, and whose they are."""
     limit = mesh_lib.device_bytes(mesh.local_devices[0])
     if limit:
-        return limit, "device"
+        return limit, "device memory"
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // mesh.size, "host"
+    return pages // mesh.size, "host memory"
 
 
 def line(name: str, row: Row) -> str:
@@ -239,14 +239,15 @@ def line(name: str, row: Row) -> str:
     for key in ("skipped", "error"):
         if key in row:
             return f"{what}: {row[key]}"
-    parts = [f"{row['slices_per_second']:.3g} slices/s"]
+    parts = [f"{_figure(row['slices_per_second'])} slices/s"]
     unit = "volume" if score else "step"
-    parts.append(f"{row[f'milliseconds_per_{unit}']['median']:.3g} ms/{unit}")
+    per_unit = row[f"milliseconds_per_{unit}"]["median"]
+    parts.append(f"{_figure(per_unit)} ms/{unit}")
     if score:
         for key in ("postprocess", "metrics"):
             median = row[f"{key}_milliseconds_per_volume"]["median"]
-            parts.append(f"{key} {median:.3g} ms")
-        parts.append(f"whole volume {row['whole_volume_milliseconds']:.3g} ms")
+            parts.append(f"{key} {_figure(median)} ms")
+        parts.append(f"whole volume {_figure(row['whole_volume_milliseconds'])} ms")
     if row["flops_per_slice"] is not None:
         shares = row["share_of_ceiling"]
         parts.append(f"{row['flops_per_slice'] / 1e9:.3g} GFLOP/slice")
@@ -263,6 +264,11 @@ def line(name: str, row: Row) -> str:
     return f"{what}: {', '.join(parts)}"
 
 
+def _figure(value: float) -> str:
+    """Three digits where they say something, never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def largest_line(name: str, kind: str, row: Row) -> str:
     """Says in one line what batch would fit."""
     what = {"train": "rows", "score": "volumes"}[kind]
@@ -270,7 +276,7 @@ def largest_line(name: str, kind: str, row: Row) -> str:
         return f"{name} {kind}: largest batch unknown. {row['note']}"
     return (
         f"{name} {kind}: about {row['batch']:,} {what} would fit in "
-        f"{row['limit_bytes'] / 2**30:.1f} GiB of the {row['limit_of']} (an estimate "
+        f"{row['limit_bytes'] / 2**30:.1f} GiB of {row['limit_of']} (an estimate "
         f"from the programs for {row['estimated_from'][0]} and "
         f"{row['estimated_from'][1]})"
     )
