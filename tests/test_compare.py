@@ -222,12 +222,15 @@ def test_few_patients_get_a_row_each(tmp_path: pathlib.Path) -> None:
     result = compare.compare(folders, tmp_path / "out")
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "of each patient: there are too few" in page
-    assert "single cases, no ranking" in page
+    assert "single cases, no tests, no ranking" in page
+    assert "p (Holm)" not in page
     assert result["cases"]["ap"] == {
         "p": {"one": 0.5, "two": 0.5},
         "q": {"one": 0.25, "two": 0.25},
     }
-    assert compare.render(result)
+    text = compare.render(result)
+    assert "AP of each patient: there are too few" in text
+    assert "p (Holm)" not in text
 
 
 def test_without_lesion_masks_there_is_still_a_comparison(

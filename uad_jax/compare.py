@@ -106,12 +106,18 @@ def render(result: Mapping[str, Any]) -> str:
         f"({facts['num_abnormal']} abnormal), protocol {facts['protocol']}",
         report.text_table(["", *(column.heading for column in columns)], cells),
     ]
-    tests = result["group_pairs"] or result["pairs"]
+    tests = _tested(result["group_pairs"] or result["pairs"])
     if len(tests) > _MOST_TESTS:
         parts.append(f"{len(tests)} paired tests: see compare.html or compare.json.")
     elif tests:
         header = ["", "difference", "95 % interval", "p", "p (Holm)", "patients"]
         parts.append(report.text_table(header, compare_table.tests_lines(tests)))
+    for metric, patients in result["cases"].items():
+        single = compare_table.cases_table(
+            patients, list(result["runs"]), pairs.METRICS[metric]
+        )
+        header = [heading for heading, _ in single.head]
+        parts.append(f"{single.caption}\n{report.text_table(header, single.rows)}")
     parts += [
         textwrap.fill(f"{name}: {group['claim']}", _WIDTH)
         for name, group in result["groups"].items()
@@ -306,12 +312,17 @@ def _write_page(
     )
 
 
+def _tested(tests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without those that had too few patients."""
+    return [test for test in tests if test["p"] is not None]
+
+
 def _tests_tables(tests: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
     """One table per figure, as Holm's correction is."""
     return [
         compare_table.tests_table(same, heading)
         for metric, heading in pairs.METRICS.items()
-        if (same := [test for test in tests if test["metric"] == metric])
+        if (same := [test for test in _tested(tests) if test["metric"] == metric])
     ]
 
 
