@@ -72,6 +72,7 @@ def case(
         found=nothing if rule is None else scored.segmentations[rule],
         lesion=arrays.lesion if result.annotated else None,
         brain=arrays.brain,
+        geometry=result.info.geometry,
     )
 
 
@@ -79,8 +80,9 @@ def draw(
     context: Context,
     found: Mapping[Stage, summary.Results],
     cases: Sequence[Case],
+    threshold: float | None,
 ) -> dict[str, bytes]:
-    """Draws all figures of a report: name -> PNG."""
+    """Draws all figures of a report, name -> PNG; marks the operating threshold."""
     processed = found[Stage.PROCESSED]
     results = processed[context.scorer]
     drawn = _training(context) | _curves(processed)
@@ -92,9 +94,9 @@ def draw(
     if cases:
         limit = max(float(np.quantile(case.anomaly_map, 0.998)) for case in cases)
         if any(one.has_lesion for one in results):
-            drawn["cases"] = figures.case_panels(cases, limit)
+            drawn["cases"] = figures.case_panels(cases, limit, threshold=threshold)
         else:
-            drawn["gallery"] = figures.gallery(cases, limit)
+            drawn["gallery"] = figures.gallery(cases, limit, threshold=threshold)
     return drawn
 
 

@@ -189,7 +189,7 @@ def evaluate_set(
         return results
     chosen = drawing.chosen(found[Stage.PROCESSED][scorer.name])
     cases = _cases(context, scorer, chosen, scales, calibrations)
-    drawn = drawing.draw(context, found, cases)
+    drawn = drawing.draw(context, found, cases, results["operating"]["threshold"])
     watch["draw"] = time.monotonic()
     results["run"] |= _timings(watch)
     calibrated = calibrations.get((scorer.name, Stage.PROCESSED))

@@ -169,7 +169,8 @@ def write(
     write_table(folder / f"{context.name}_subjects.csv", rows)
     own = context.name == evaluation.DEFAULT_SET
     page = "report.html" if own else f"report_{context.name}.html"
-    report.write(context.workdir / page, results, drawn)
+    own_rows = [row for row in rows if row["scorer"] == context.scorer]
+    report.write(context.workdir / page, results, drawn, subjects=own_rows)
     logging.info("Report: %s", context.workdir / page)
 
 
