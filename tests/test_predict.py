@@ -399,6 +399,22 @@ def test_maps_are_not_written_among_the_scans(
     assert "would be taken for scans" in text
 
 
+def test_a_file_without_orientation_needs_the_users_word_and_keeps_its_header(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    path = tmp_path / "in" / "a_FLAIR.nii"
+    path.parent.mkdir()
+    bare = nib.Nifti1Image(head(1), None)
+    bare.header["pixdim"][1:4] = (0.9, 0.9, 3.0)
+    nib.save(bare, path)
+    text = _refused(run, path, tmp_path / "out", mesh=mesh1)
+    assert "--assume_orientation=RAS" in text
+    (one,) = run.predict(path, tmp_path, mesh=mesh1, assume_orientation="LPS")
+    header, _ = nifti.read_header(one.files["anomaly_map"])
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (0, 0)
+    assert any("LPS was assumed" in note for note in _report(one)["input"]["notes"])
+
+
 def test_a_scan_of_the_training_is_said_to_be_one(
     predicted: tuple[pathlib.Path, dict[str, Prediction]],
 ) -> None:

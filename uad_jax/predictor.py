@@ -95,16 +95,17 @@ def restore(
     name, chosen = _evaluation_set(config)
     with saved_run.opened(config, workdir, mesh) as run:
         step = run.default_step() if step is None else step
-        calibrated = _calibrated(config, workdir, step, name, chosen)
+        model = run.model(step)
         compiled = scoring.program(config.name, run.method, mesh)
         scorer = scoring.method_scorer(
             config.name,
             run.method,
             compiled,
-            run.model(step),
+            model,
             jax.random.key(config.seed),
             chosen.protocol,
         )
+    calibrated = _calibrated(config, workdir, step, name, chosen)
     profiles = known["profiles"].items()
     return Predictor(
         config=config,
