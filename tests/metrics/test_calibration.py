@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from uad_jax.metrics import calibration, voxel
+from uad_jax.metrics import accumulators, calibration, voxel
 from uad_jax.metrics.voxel import VoxelScores
 
 
@@ -90,13 +90,29 @@ def test_score_edges_ascend_and_reach_into_the_tail() -> None:
     scores = np.concatenate([one.scores for one in volumes])
     assert (np.diff(edges) > 0).all()
     assert len(edges) <= 512
-    assert set(edges) <= set(scores.astype(float))
-    assert edges[0] == scores.min()
-    assert edges[-1] == scores.max()
+    inside = edges[(edges >= scores.min()) & (edges <= scores.max())]
+    assert set(inside) <= set(scores.astype(float))
+    assert inside[0] == scores.min()
+    assert inside[-1] == scores.max()
     top = np.sort(scores)[-100:]
     assert np.isin(top.astype(float), edges).mean() > 0.5
     constant = VoxelScores(np.full(9, 2, np.float32), np.zeros(9, bool))
-    assert calibration.score_edges([constant]) == (2.0,)
+    assert 2.0 in calibration.score_edges([constant])
+
+
+def test_fault_D4_lesions_far_above_all_healthy_scores_are_still_ranked() -> None:
+    rng = np.random.default_rng()
+    healthy = [
+        VoxelScores(rng.normal(0, 1, 5000).astype(np.float32), np.zeros(5000, bool))
+    ]
+    edges = np.array(calibration.score_edges(healthy), np.float32)
+    lesion = rng.random(20_000) < 0.05
+    scores = rng.normal(0, 1, 20_000) + lesion * rng.uniform(0, 500, 20_000)
+    scores += ~lesion * (rng.random(20_000) < 0.02) * rng.uniform(0, 500, 20_000)
+    one = VoxelScores(scores.astype(np.float32), lesion)
+    exact = voxel.average_precision(voxel.rank(one))
+    counted = accumulators.average_precision(*accumulators.histogram(one, edges))
+    assert counted == pytest.approx(exact, abs=0.01)
 
 
 def test_a_file_gives_back_the_same_calibration(tmp_path: pathlib.Path) -> None:

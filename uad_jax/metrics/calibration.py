@@ -122,21 +122,28 @@ def healthy_thresholds(
 def score_edges(
     volumes: Sequence[VoxelScores], num_edges: int = 4096
 ) -> tuple[float, ...]:
-    """Chooses histogram edges among the scores themselves.
+    """Chooses histogram edges for scores that are still to come.
 
-    Half of them are evenly spaced quantiles, half crowd towards the largest score,
-    where precision is decided when lesions are rare.
+    Three eighths are evenly spaced quantiles of these scores and three eighths crowd
+    towards the largest, where precision is decided when lesions are rare. The others
+    lie beyond: lesions may score far above anything in healthy scans. They move away
+    geometrically, to 1,000 times the spread of these scores above and below.
 
     Returns:
-      At most `num_edges` distinct ascending scores.
+      At most `num_edges` distinct ascending scores, float32 values.
     """
     scores = np.sort(np.concatenate([volume.scores for volume in volumes]))
     if not len(scores):
         raise ValueError("There are no scored validation voxels to choose edges from.")
-    even = np.linspace(0, 1, num_edges - num_edges // 2)
-    tail = 1 - np.geomspace(0.1, 0.5 / len(scores), num_edges // 2)
+    beyond = num_edges // 8
+    inside = num_edges - 2 * beyond
+    even = np.linspace(0, 1, inside - inside // 2)
+    tail = 1 - np.geomspace(0.1, 0.5 / len(scores), inside // 2)
     places = np.rint(np.concatenate([even, tail]) * (len(scores) - 1))
-    return tuple(float(value) for value in np.unique(scores[places.astype(np.int64)]))
+    spread = float(scores[-1]) - float(scores[0])
+    away = max(spread, 1e-6) * np.geomspace(1e-3, 1e3, beyond)
+    edges = [scores[places.astype(np.int64)], scores[-1] + away, scores[0] - away]
+    return tuple(np.unique(np.concatenate(edges).astype(np.float32)).tolist())
 
 
 def calibrate(
