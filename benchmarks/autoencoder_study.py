@@ -1,7 +1,8 @@
-"""Trains and evaluates AE, spatial AE and VAE over modalities and seeds.
+r"""Trains and evaluates AE, spatial AE and VAE over modalities and seeds.
 
     python benchmarks/autoencoder_study.py --root=runs/study              # synthetic
-    python benchmarks/autoencoder_study.py --root=runs/ixi --source=MANIFEST.csv
+    python benchmarks/autoencoder_study.py --root=runs/ixi --source=MANIFEST.csv \
+        --sets=mslub=MSLUB_MANIFEST.csv,tcga=TCGA_MANIFEST.csv    # real scans
 
 Finished runs are skipped, so it can be stopped and started again. Afterwards
 `docs/render_results.py` collects the results and renders the tables.
@@ -21,6 +22,7 @@ from uad_jax.data import cohort
 
 _ROOT = flags.DEFINE_string("root", "runs/study", "Directory of cohort, store, runs.")
 _SOURCE = flags.DEFINE_string("source", "", "Manifest of real scans; else synthetic.")
+_SETS = flags.DEFINE_list("sets", [], "NAME=MANIFEST of further scans to test on.")
 _MODALITIES = flags.DEFINE_list("modalities", ["flair", "t2", "t1"], "Modalities.")
 _VARIANTS = flags.DEFINE_list("variants", ["vae", "ae", "ae_spatial"], "Methods.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
@@ -45,10 +47,16 @@ def main(argv: list[str]) -> None:
     root = pathlib.Path(_ROOT.value)
     source = _SOURCE.value or str(cohort.write_cohort(COHORT, root / "cohort"))
     prepare.prepare(source, root / "store", "grid2mm")
+    for name, manifest in _sets().items():
+        prepare.prepare(manifest, root / name, "grid2mm")
     for seed in map(int, _SEEDS.value):
         for modality in _MODALITIES.value:
             for variant in _VARIANTS.value:
                 _run(root, modality, variant, seed)
+
+
+def _sets() -> dict[str, str]:
+    return dict(one.split("=", 1) for one in _SETS.value)
 
 
 def _run(root: pathlib.Path, modality: str, variant: str, seed: int) -> None:
@@ -64,7 +72,7 @@ def _run(root: pathlib.Path, modality: str, variant: str, seed: int) -> None:
         config.evaluation.sets = {
             "val": EvaluationSet(split="val"),
             "test": EvaluationSet(),
-        }
+        } | {name: EvaluationSet(store=str(root / name)) for name in _sets()}
     config.data.store = str(root / "store")
     config.data.modalities = modality
     config.source = f"configs/autoencoder.py:variant={variant},cpu"

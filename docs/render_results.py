@@ -18,6 +18,7 @@ import numpy as np
 
 DOCS = pathlib.Path(__file__).resolve().parent
 KEPT = ("scorers", "groups", "comparison", "healthy_reconstruction", "counts", "set")
+KEPT += ("unprocessed", "cases", "sham", "operating", "pooled")
 
 
 def collect(family: str, workdirs: list[pathlib.Path]) -> None:
@@ -28,7 +29,7 @@ def collect(family: str, workdirs: list[pathlib.Path]) -> None:
         for path in sorted((workdir / "results").glob("*.json")):
             results = json.loads(path.read_text(encoding="utf-8"))
             run = results["run"]
-            slim = {key: results[key] for key in KEPT}
+            slim = {key: results[key] for key in KEPT if key in results}
             slim["run"] = {
                 key: run[key] for key in ("name", "seed", "step", "training")
             } | {
@@ -53,10 +54,11 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def load(family: str) -> list[dict[str, Any]]:
-    """Reads the collected results of one family."""
+def load(family: str, set_name: str = "") -> list[dict[str, Any]]:
+    """Reads the collected results of one family; of one set, if it is named."""
     paths = sorted((DOCS / "results" / family).glob("*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [one for one in found if not set_name or one["set"]["name"] == set_name]
 
 
 def detection_tables(results: list[dict[str, Any]]) -> str:
@@ -103,11 +105,16 @@ def _wins(runs: list[dict[str, Any]]) -> str:
     """How many seeds beat the best baseline, where the rules let that be said."""
     comparisons = [run["comparison"] for run in runs]
     if any("interval" not in one for one in comparisons):
-        return "too few subjects"
-    if any(one["num_subjects"] < 20 for one in comparisons):
+        return "too few patients"
+    if any(_patients(one) < 20 for one in comparisons):
         above = sum(one["ap_volume_mean_difference"] > 0 for one in comparisons)
-        return f"above in {above} of {len(runs)} (too few subjects to beat)"
+        return f"above in {above} of {len(runs)} (too few patients to beat)"
     return f"{sum(one['interval'][0] > 0 for one in comparisons)} of {len(runs)}"
+
+
+def _patients(comparison: dict[str, Any]) -> int:
+    """Patients compared; in older results, where each had one scan, subjects."""
+    return comparison.get("num_patients", comparison.get("num_subjects"))
 
 
 def _state(runs: list[dict[str, Any]]) -> str:
@@ -155,12 +162,68 @@ _KEYS = (
 )
 
 
+def case_table(results: list[dict[str, Any]]) -> str:
+    """Single cases: no mean, no interval, no ranking."""
+    parts = []
+    for subject in sorted({name for run in results for name in run["cases"]}):
+        runs = [run for run in results if subject in run["cases"]]
+        facts = runs[0]["set"]
+        head = ["", "AP", "AUROC", "Dice healthy threshold", "Dice ceiling (labels)"]
+        head += ["lesions found", "trained"]
+        rows = []
+        for name, members in _grouped(runs, lambda run: run["run"]["name"]).items():
+            rows.append([*_case_row(name, members), _state(members)])
+        own = runs[0]["run"]["name"]
+        rows += [
+            [*_case_row(name, runs[:1], name), ""]
+            for name in runs[0]["scorers"]
+            if name != own
+        ]
+        caption = f"**{subject}**, {_modality(runs[0]).upper()} ({facts['data_kind']})"
+        parts.append(
+            f"{caption}, protocol `{facts['protocol']}`.\n\n" + _markdown(head, rows)
+        )
+    return "\n\n".join(parts)
+
+
+def _case_row(name: str, runs: list[dict[str, Any]], scorer: str = "") -> list[str]:
+    scores = [run["scorers"][scorer or run["run"]["name"]] for run in runs]
+    keys = ("ap_pooled", "auroc_pooled", "dice_healthy_fpr_volume_mean")
+    keys += ("dice_ceiling_pooled", "lesion_recall_healthy_fpr")
+    return [name, *(_spread([score.get(key) for score in scores]) for key in keys)]
+
+
+def sham_table(results: list[dict[str, Any]]) -> str:
+    """Mean score inside the mask, implants against their shams."""
+    head = ["", "pairs", "implant", "sham", "difference", "95 % interval"]
+    rows = []
+    for name, runs in _grouped(results, lambda run: run["run"]["name"]).items():
+        rows.append(_sham_row(name, [run["sham"][name] for run in runs]))
+    own = {run["run"]["name"] for run in results}
+    for name, row in results[0]["sham"].items():
+        if name not in own and name != "prevalence":
+            rows.append(_sham_row(name, [row]))
+    return _markdown(head, rows)
+
+
+def _sham_row(name: str, found: list[dict[str, Any]]) -> list[str]:
+    interval = "-"
+    if len(found) == 1 and found[0]["interval"]:
+        low, high = found[0]["interval"]
+        interval = f"[{low:.4f}, {high:.4f}]"
+    cells = [
+        _spread([one[key] for one in found], 4)
+        for key in ("implant_mean", "sham_mean", "implant_minus_sham")
+    ]
+    return [name, str(found[0]["num_pairs"]), *cells, interval]
+
+
 def training_table(results: list[dict[str, Any]]) -> str:
     """How far every model was trained, and how well it reconstructs healthy scans."""
     head = ["modality", "method", "split", "seeds", "slices seen"]
     head += ["% of reference budget"]
     head += ["slope of validation loss, last 20 %", "state", "training s"]
-    head += ["healthy L1 (brain)", "healthy SSIM", "commit"]
+    head += ["healthy L1 (brain)", "healthy SSIM", "healthy PSNR, dB", "commit"]
     rows = []
     for (modality, name, split), runs in _grouped(
         results,
@@ -182,6 +245,7 @@ def training_table(results: list[dict[str, Any]]) -> str:
                 _spread([state["train_seconds"] for state in states], 0),
                 _spread([one.get("l1_brain") for one in healthy], 4),
                 _spread([one.get("ssim") for one in healthy]),
+                _spread([one.get("psnr") for one in healthy], 1),
                 ", ".join(sorted({run["run"]["commit"] for run in runs})),
             ]
         )
@@ -221,7 +285,13 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 TABLES = {
     "synthetic-detection": lambda: detection_tables(load("synthetic")),
     "synthetic-training": lambda: training_table(load("synthetic")),
-    "real-training": lambda: training_table(load("real")),
+    "real-training": lambda: training_table(
+        [*load("real", "val"), *load("real", "test")]
+    ),
+    "real-implants": lambda: detection_tables(load("real", "test")),
+    "real-shams": lambda: sham_table(load("real", "test")),
+    "real-mslub": lambda: case_table(load("real", "mslub")),
+    "real-tcga": lambda: case_table(load("real", "tcga")),
 }
 
 
