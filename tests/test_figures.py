@@ -112,8 +112,6 @@ def test_names_are_no_formulas() -> None:
     odd = dataclasses.replace(_case(), title="sub_$1\n$\\frac{$")
     figures.case_panels([odd], map_limit=1.0)
     figures.gallery([odd], map_limit=1.0)
-    x = np.linspace(0, 1, 3)
-    figures.curves({"$\\frac{$": (x, x)}, title="t", x_label="x", y_label="y")
 
 
 def test_outline_runs_along_the_voxels() -> None:
@@ -125,21 +123,3 @@ def test_outline_runs_along_the_voxels() -> None:
     points = np.concatenate([path.vertices for path in drawn.get_paths()])
     np.testing.assert_allclose(points.min(axis=0), [2.5, 1.5], atol=0.13)
     np.testing.assert_allclose(points.max(axis=0), [5.5, 3.5], atol=0.13)
-
-
-def test_volume_scores_draws_a_line_for_every_group() -> None:
-    healthy = figures.volume_scores({"healthy": np.array([0.1, 0.2, 0.3])})
-    both = figures.volume_scores(
-        {"healthy": np.array([0.1, 0.2, 0.3]), "abnormal": np.array([0.4])}
-    )
-    assert _size(both)[1] > _size(healthy)[1]
-
-
-def test_curves_draws_every_series() -> None:
-    x = np.linspace(0.01, 1, 20)
-    one = figures.curves({"a": (x, x)}, title="t", x_label="x", y_label="y")
-    two = figures.curves(
-        {"a": (x, x), "b": (x, x**2)}, title="t", x_label="x", y_label="y", log_x=True
-    )
-    assert Image.open(io.BytesIO(one)).size == Image.open(io.BytesIO(two)).size
-    assert one != two

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from uad_jax import export, figures, summary, writer
+from uad_jax import charts, export, figures, summary, writer
 from uad_jax.evaluation import GROUP_BY, Context, Scored
 from uad_jax.figures import Case
 from uad_jax.measuring import VolumeResult
@@ -90,7 +90,7 @@ def draw(
     abnormal = np.array([one.volume_score for one in results if one.abnormal])
     if len(healthy) and len(abnormal):
         groups = {"healthy": healthy, "abnormal": abnormal}
-        drawn["volume_scores"] = figures.volume_scores(groups)
+        drawn["volume_scores"] = charts.volume_scores(groups)
     if cases:
         limit = max(float(np.quantile(case.anomaly_map, 0.998)) for case in cases)
         if any(one.has_lesion for one in results):
@@ -113,7 +113,7 @@ def _training(context: Context) -> dict[str, bytes]:
             series[name] = (steps, values)
     if not series:
         return {}
-    figure = figures.curves(series, title="Training", x_label="step", y_label="loss")
+    figure = charts.curves(series, title="Training", x_label="step", y_label="loss")
     return {"training": figure}
 
 
@@ -132,7 +132,7 @@ def _curves(found: summary.Results) -> dict[str, bytes]:
         ("precision_recall", "recall", "precision", "Precision and recall, pooled"),
         ("dice", "fpr", "dice", "Dice over the operating point, pooled"),
     ):
-        drawn[figure] = figures.curves(
+        drawn[figure] = charts.curves(
             {name: (curve[x], curve[y]) for name, curve in traced.items()},
             title=title,
             x_label={"fpr": "false-positive rate"}.get(x, x),

@@ -2,7 +2,7 @@
 
 Axial slices are shown as radiologists read them (`radiological`), all of one figure
 with one window, one field of view and one colour scale. Nothing is told by colour
-alone: findings are filled, the truth is outlined, lines differ in their dashes.
+alone: findings are filled, the truth is outlined.
 """
 
 import dataclasses
@@ -24,22 +24,12 @@ matplotlib.use("Agg")
 TRUTH_COLOUR = "#3fc1ff"
 FOUND_COLOUR = "#ff5a1f"
 
-_DPI = 110
-_WIDTH = 12.0  # inches, of a figure over the whole page
+DPI = 110
+WIDTH = 12.0  # inches, of a figure over the whole page
 _BAR = 0.75  # inches of height for the colour bar
 _MARGIN = 3  # voxels around the brain
 _GALLERY_COLUMNS = 3
 _WHITE: dict[str, Any] = {"color": "white", "fontsize": 9, "fontweight": "bold"}
-_DASHES: tuple[Any, ...] = (
-    "-",
-    "--",
-    "-.",
-    ":",
-    (0, (6, 1, 1, 1, 1, 1)),
-    (0, (1, 3)),
-    (0, (8, 3)),
-)
-_MARKERS = ("o", "D", "s", "^", "v", "P")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,8 +216,8 @@ def _page(
 ) -> tuple[Figure, list[SubFigure]]:
     """An empty figure of rows x columns parts of some pictures, over a colour bar."""
     wide, high = (side.stop - side.start for side in look.view)
-    height = _WIDTH / (columns * pictures) * high / wide + 0.62  # captions
-    figure = Figure(figsize=(_WIDTH, rows * height + _BAR), dpi=_DPI)
+    height = WIDTH / (columns * pictures) * high / wide + 0.62  # captions
+    figure = Figure(figsize=(WIDTH, rows * height + _BAR), dpi=DPI)
     figure.set_layout_engine("constrained")
     heights = [rows * height, _BAR]
     halves = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
@@ -364,70 +354,6 @@ def outline(axis: Axes, mask: np.ndarray, colour: str) -> None:
         colors=colour,
         linewidths=1.1,
     )
-
-
-def curves(
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-) -> bytes:
-    """Draws one named line per series of (x, y); the first is the thickest."""
-    figure = Figure(figsize=(5.4, 4.0), dpi=_DPI)
-    figure.set_layout_engine("constrained")
-    axis = figure.subplots()
-    for index, (name, (x, y)) in enumerate(series.items()):
-        dashes = _DASHES[index % len(_DASHES)]
-        width = 1.3 if index else 2.4
-        label = name.replace("$", r"\$")  # a name is no formula
-        axis.plot(x, y, label=label, linewidth=width, linestyle=dashes)
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel(x_label, fontsize=10)
-    axis.set_ylabel(y_label, fontsize=10)
-    axis.tick_params(labelsize=9)
-    axis.grid(alpha=0.25)
-    if log_x:
-        axis.set_xscale("log")
-    if series:
-        axis.legend(fontsize=8, handlelength=3.2)
-    return png(figure)
-
-
-def volume_scores(groups: Mapping[str, Sequence[float] | np.ndarray]) -> bytes:
-    """Draws one line of dots per group of volumes: how high each of them scored.
-
-    Args:
-      groups: Name -> volume scores, [n] each, such as healthy validation, healthy
-        and abnormal ones; top to bottom. The bar is the median.
-    """
-    figure = Figure(figsize=(_WIDTH, 0.7 * len(groups) + 1.0), dpi=_DPI)
-    figure.set_layout_engine("constrained")
-    axis = figure.subplots()
-    for row, scores in enumerate(groups.values()):
-        ordered = np.sort(scores)
-        spread = (np.arange(len(ordered)) * 0.382) % 0.5 - 0.25  # dots seldom overlap
-        if len(ordered) > 1:
-            axis.plot([np.median(ordered)] * 2, [row - 0.38, row + 0.38], "k", lw=2.5)
-        axis.plot(
-            ordered,
-            row + spread,
-            _MARKERS[row % len(_MARKERS)],
-            markersize=6,
-            alpha=0.7,
-            markeredgewidth=0,
-        )
-    axis.set_yticks(
-        range(len(groups)),
-        [f"{name} ({len(scores)})" for name, scores in groups.items()],
-        fontsize=10,
-    )
-    axis.set_ylim(len(groups) - 0.5, -0.5)
-    axis.set_xlabel("volume score (bar: median)", fontsize=10)
-    axis.tick_params(axis="x", labelsize=9)
-    axis.grid(axis="x", alpha=0.25)
-    return png(figure)
 
 
 def png(figure: Figure) -> bytes:
