@@ -13,113 +13,24 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from tests import runs
+from tests import heads
+from tests.heads import Run
 from uad_jax import config as config_lib
-from uad_jax import evaluate, predict, prediction, prepare, scoring, train
-from uad_jax import workdir as workdir_lib
-from uad_jax.config import ExperimentConfig
-from uad_jax.data import manifest, nifti, preprocess
-from uad_jax.prediction import Prediction
-
-# A FLAIR as it comes from the clinic: 0.9 x 0.9 x 3 mm, stored L, P, S.
-SHAPE = (112, 116, 34)
-AFFINE = np.array(
-    [[-0.9, 0, 0, 61.0], [0, -0.9, 0, 40.0], [0, 0, 3.0, -55.0], [0, 0, 0, 1.0]]
+from uad_jax import (
+    prediction,
+    predictor,
+    scoring,
 )
-BLOB = np.array([22.0, -30.0, 10.0])  # mm: right, posterior
-LICENCE = "CC BY 4.0, somewhere"
-
-
-def _world(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    index = np.indices(shape).reshape(3, -1)
-    return (affine[:3, :3] @ index + affine[:3, 3:]).reshape(3, *shape)
-
-
-def head(
-    seed: int,
-    *,
-    blob: bool = False,
-    shape: tuple[int, ...] = SHAPE,
-    affine: np.ndarray = AFFINE,
-) -> np.ndarray:
-    """An ellipsoid brain with texture, and a bright ball at BLOB if asked, float32."""
-    rng = np.random.default_rng(seed)
-    x, y, z = _world(shape, affine)
-    inside = ((x - 11) / 44) ** 2 + ((y + 12) / 46) ** 2 + ((z + 5) / 42) ** 2 < 1
-    image = 600 + 40 * np.sin(x / 9 + seed) + 40 * np.cos(y / 7) + 30 * np.sin(z / 11)
-    image += rng.normal(0, 10, shape)
-    if blob:
-        near = sum((a - b) ** 2 for a, b in zip((x, y, z), BLOB, strict=True)) < 13**2
-        image += 400 * near
-    return np.where(inside, image, 0).astype(np.float32)
-
-
-def save(
-    path: pathlib.Path, data: np.ndarray, affine: np.ndarray = AFFINE
-) -> pathlib.Path:
-    """Writes a scan whose sform and qform differ a little, with codes 1 and 2."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(data, None)
-    image.set_qform(affine + 1e-4 * np.eye(4, k=3), code=2)
-    image.set_sform(affine, code=1)
-    nib.save(image, path)
-    return path
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained, evaluated run and the scans that it was evaluated on."""
-
-    config: ExperimentConfig
-    workdir: pathlib.Path
-    scans: pathlib.Path
-    store: pathlib.Path
-
-    def predict(
-        self, source: pathlib.Path, output: pathlib.Path, **options: object
-    ) -> list[Prediction]:
-        """Predicts without bars."""
-        return predict.predict(
-            self.config, self.workdir, str(source), output, progress=False, **options
-        )
+from uad_jax import workdir as workdir_lib
+from uad_jax.data import nifti
+from uad_jax.metrics import calibration
+from uad_jax.prediction import Prediction
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, mesh1: jax.sharding.Mesh) -> Run:
-    """Trained on the scans of a manifest; then its store is moved away."""
-    folder = tmp_path_factory.mktemp("predict")
-    splits = ["train"] * 3 + ["val"] * 2 + ["test"] * 2
-    subjects = [
-        manifest.SubjectFiles(
-            subject=f"{split}-{number}",
-            patient=f"{split}-{number}",
-            images={
-                "flair": save(
-                    folder / "scans" / f"{split}-{number}_FLAIR.nii.gz",
-                    head(number, blob=number == 6),
-                )
-            },
-            label="abnormal" if number == 6 else "healthy",
-            split=split,
-            licence=LICENCE,
-        )
-        for number, split in enumerate(splits)
-    ]
-    manifest.write(folder / "manifest.csv", subjects)
-    recipe = dataclasses.replace(
-        preprocess.RECIPES["grid2mm"], name="tiny", grid=(32, 32, 24), spacing=(4,) * 3
-    )
-    store = folder / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(preprocess.RECIPES, "tiny", recipe)
-        prepare.prepare(str(folder / "manifest.csv"), store, "tiny", workers=0)
-    config = smoke.get_config("variant=ae")
-    config.data.store = str(store)
-    runs.overridden(config, {"method.intermediate_resolution": 8, "seed": 3})
-    config.evaluation.export_maps = True
-    train.train(config, folder / "run", mesh=mesh1, progress=False)
-    evaluate.evaluate(config, folder / "run", mesh=mesh1, progress=False)
-    return Run(config, folder / "run", folder / "scans", store)
+    """One run for all tests."""
+    return heads.trained_run(tmp_path_factory.mktemp("predict"), mesh1)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +85,7 @@ def test_maps_lie_on_the_scans_own_voxels(
     }
     for kind, dtype in kinds.items():
         image = nib.load(found["test-6"].files[kind])
-        assert image.shape == scan.shape == SHAPE
+        assert image.shape == scan.shape == heads.SHAPE
         assert image.get_data_dtype() == dtype
         for name in (*nifti.PLACE, "pixdim"):
             expected = scan.header[name]
@@ -194,26 +105,26 @@ def test_maps_lie_on_the_scans_own_voxels(
 def test_the_peak_lies_where_the_blob_is_in_the_world(
     run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh, axes: str
 ) -> None:
-    stored = nib.Nifti1Image(head(11, blob=True), AFFINE)
+    stored = nib.Nifti1Image(heads.head(11, blob=True), heads.AFFINE)
     turn = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(AFFINE),
+        nib.orientations.io_orientation(heads.AFFINE),
         nib.orientations.axcodes2ornt(axes),
     )
     turned = stored.as_reoriented(turn)
     data, affine = np.asarray(turned.dataobj), turned.affine
     assert "".join(nib.aff2axcodes(affine)) == axes
-    path = save(tmp_path / "sub-1_FLAIR.nii.gz", data, affine)
+    path = heads.save(tmp_path / "sub-1_FLAIR.nii.gz", data, affine)
     (one,) = run.predict(path, tmp_path / "out", mesh=mesh1)
     anomaly_map = nib.load(one.files["anomaly_map"])
     values = np.asarray(anomaly_map.dataobj)
     peak = np.unravel_index(values.argmax(), values.shape)
-    world = _world(data.shape, anomaly_map.affine)
-    assert np.linalg.norm(world[(slice(None), *peak)] - BLOB) < 13
+    world = heads.world(data.shape, anomaly_map.affine)
+    assert np.linalg.norm(world[(slice(None), *peak)] - heads.BLOB) < 13
     mask = _load(one.files["anomaly_mask"]) > 0
-    near = np.linalg.norm(world - BLOB[:, None, None, None], axis=0) < 17
+    near = np.linalg.norm(world - heads.BLOB[:, None, None, None], axis=0) < 17
     assert (mask & near).sum() > 0.5 * mask.sum() > 0
     largest = _report(one)["found"]["largest"][0]
-    np.testing.assert_allclose(largest["centre_mm"], BLOB, atol=5)
+    np.testing.assert_allclose(largest["centre_mm"], heads.BLOB, atol=5)
     assert one.num_components >= 1
     assert largest["ml"] <= one.found_ml
 
@@ -229,7 +140,7 @@ def test_the_report_says_what_made_it_and_no_folder(
     assert report["run"]["name"] == "smoke"
     assert report["run"]["step"] == 8
     assert report["run"]["commit"]
-    assert report["run"]["training_data_licences"] == [LICENCE]
+    assert report["run"]["training_data_licences"] == [heads.LICENCE]
     assert report["recipe"]["name"] == "tiny"
     scan = run.scans / "test-6_FLAIR.nii.gz"
     assert report["input"]["images"] == {
@@ -304,11 +215,11 @@ def test_fault_B6_all_unfit_scans_are_named_and_nothing_is_written(
     run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
 ) -> None:
     folder = tmp_path / "in"
-    save(folder / "a_FLAIR.nii.gz", head(1))
-    whole = save(folder / "b_FLAIR.nii.gz", head(2)).read_bytes()
+    heads.save(folder / "a_FLAIR.nii.gz", heads.head(1))
+    whole = heads.save(folder / "b_FLAIR.nii.gz", heads.head(2)).read_bytes()
     (folder / "b_FLAIR.nii.gz").write_bytes(whole[:-100])
-    save(folder / "c_FLAIR.nii.gz", np.where(head(3) > 0, np.nan, 0))
-    save(folder / "d_FLAIR.nii.gz", head(4) + 1)  # not skull-stripped
+    heads.save(folder / "c_FLAIR.nii.gz", np.where(heads.head(3) > 0, np.nan, 0))
+    heads.save(folder / "d_FLAIR.nii.gz", heads.head(4) + 1)  # not skull-stripped
     text = _refused(run, folder, tmp_path / "out", mesh=mesh1)
     assert text.startswith("Nothing was predicted. Checked 4 subjects")
     for name, what in (("b", "damaged or truncated"), ("c", "NaN"), ("d", "stripped")):
@@ -318,7 +229,11 @@ def test_fault_B6_all_unfit_scans_are_named_and_nothing_is_written(
     # What only the preparation finds: a brain larger than the grid.
     large = tmp_path / "large"
     for name in "ef":
-        save(large / f"{name}_FLAIR.nii.gz", head(5), AFFINE @ np.diag([2, 2, 2, 1]))
+        heads.save(
+            large / f"{name}_FLAIR.nii.gz",
+            heads.head(5),
+            heads.AFFINE @ np.diag([2, 2, 2, 1]),
+        )
     text = _refused(run, large, tmp_path / "out", mesh=mesh1)
     assert "2 of 2 scans cannot be prepared" in text
     assert "falls outside the tiny grid" in text
@@ -327,7 +242,7 @@ def test_fault_B6_all_unfit_scans_are_named_and_nothing_is_written(
 def test_another_modality_is_refused_unless_forced(
     run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
 ) -> None:
-    path = save(tmp_path / "in" / "a_T1.nii.gz", head(1))
+    path = heads.save(tmp_path / "in" / "a_T1.nii.gz", heads.head(1))
     text = _refused(run, path, tmp_path / "out", mesh=mesh1)
     assert "there is t1, but the model was trained on flair" in text
     (one,) = run.predict(path, tmp_path / "out", mesh=mesh1, force=True)
@@ -339,11 +254,11 @@ def test_another_modality_is_refused_unless_forced(
 def test_fault_B34_intensities_unlike_the_training_are_a_loud_warning(
     run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
 ) -> None:
-    other = head(1) ** 12  # another histogram
-    path = save(tmp_path / "in" / "a_FLAIR.nii.gz", other / other.max())
+    other = heads.head(1) ** 12  # another histogram
+    path = heads.save(tmp_path / "in" / "a_FLAIR.nii.gz", other / other.max())
     (one,) = run.predict(path, tmp_path / "out", mesh=mesh1)
     assert "unlike those of the 3 training scans" in one.warnings[0]
-    path = save(tmp_path / "in" / "a_FLAIR.nii.gz", head(1, blob=True) * 7)
+    path = heads.save(tmp_path / "in" / "a_FLAIR.nii.gz", heads.head(1, blob=True) * 7)
     (one,) = run.predict(path, tmp_path / "out", mesh=mesh1)
     assert one.warnings == ()  # neither the unit nor a lesion is another modality
 
@@ -362,7 +277,7 @@ def test_fault_B15_a_model_that_gives_nan_writes_nothing(
             yield arrays._replace(reconstruction=bad)
 
     monkeypatch.setattr(scoring, "score_volumes", broken)
-    path = save(tmp_path / "in" / "a_FLAIR.nii.gz", head(1))
+    path = heads.save(tmp_path / "in" / "a_FLAIR.nii.gz", heads.head(1))
     text = _refused(run, path, tmp_path / "out", mesh=mesh1)
     assert "a: the model gives NaN" in text
     assert "reconstruction_flair" in text
@@ -391,10 +306,37 @@ def test_what_a_run_lacks_is_named_with_the_command_that_makes_it(
     assert "cannot make of NIfTI files" in text
 
 
+def test_the_threshold_is_that_of_the_sets_rule(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    workdir = shutil.copytree(run.workdir, tmp_path / "run")
+    config = smoke.get_config("variant=ae")
+    config_lib.fill(config, workdir_lib.read_json(workdir / "config.json"))
+    rule = config_lib.ThresholdRule.VALIDATED
+    config.evaluation.sets = {"test": config_lib.EvaluationSet(threshold_from=rule)}
+
+    def threshold() -> predictor.Threshold:
+        return predictor.restore(config, workdir, None, mesh1).threshold
+
+    healthy = threshold()
+    assert healthy.rule == "healthy_fpr"
+    assert "since there are no annotated abnormal" in healthy.source
+    path = workdir / "calibration" / "8" / "behrendt.json"
+    entry = calibration.load(path)["smoke"]
+    assert healthy.value == entry.healthy_fpr[0.05]
+    labelled = dataclasses.replace(entry, validated=0.25, num_abnormal=4)
+    calibration.save(path, {"smoke": labelled})
+    assert threshold() == predictor.Threshold(
+        value=0.25,
+        rule="validated",
+        source="best pooled Dice on 4 abnormal validation scans",
+    )
+
+
 def test_maps_are_not_written_among_the_scans(
     run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
 ) -> None:
-    save(tmp_path / "a_FLAIR.nii.gz", head(1))
+    heads.save(tmp_path / "a_FLAIR.nii.gz", heads.head(1))
     text = _refused(run, tmp_path, tmp_path / "maps", mesh=mesh1)
     assert "would be taken for scans" in text
 
@@ -404,7 +346,7 @@ def test_a_file_without_orientation_needs_the_users_word_and_keeps_its_header(
 ) -> None:
     path = tmp_path / "in" / "a_FLAIR.nii"
     path.parent.mkdir()
-    bare = nib.Nifti1Image(head(1), None)
+    bare = nib.Nifti1Image(heads.head(1), None)
     bare.header["pixdim"][1:4] = (0.9, 0.9, 3.0)
     nib.save(bare, path)
     text = _refused(run, path, tmp_path / "out", mesh=mesh1)
