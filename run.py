@@ -150,6 +150,7 @@ def _train() -> int:
 
 def _evaluate() -> None:
     from uad_jax import by_step, evaluate, evaluation, report
+    from uad_jax import results as results_lib
 
     _need("workdir")
     workdir = pathlib.Path(_WORKDIR.value)
@@ -169,7 +170,8 @@ def _evaluate() -> None:
             return
         found = evaluate.evaluate(config, workdir, step=_STEP.value)
     for name, results in found.items():
-        print(f"\n{name}\n{report.summary(results)}")
+        rows = results_lib.read_subjects(workdir, name, results["run"]["name"])
+        print(f"\n{name}\n{report.summary(results, rows)}")
 
 
 def _evaluate_maps(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:

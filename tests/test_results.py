@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from uad_jax import export, results, scoring
+from uad_jax.data import geometry
 from uad_jax.scoring import Stage
+from uad_jax.types import Geometry
 
 
 def test_folders_of_the_machine_are_cut_off() -> None:
@@ -52,3 +54,28 @@ def test_outside_the_brain_a_shown_map_is_never_the_highest(
     np.testing.assert_array_equal(shown[..., :2], scores[..., :2])
     assert shown[0, 0, 2] == outside
     assert shown.dtype == np.float32
+
+
+@pytest.mark.parametrize("shift", [0.0, -5.0])
+def test_outside_the_model_grid_a_map_is_its_background(shift: float) -> None:
+    scores = np.array([[[1.0, 2.0, 1.0]]], np.float32) + np.float32(shift)
+    brain = np.ones_like(scores, bool)
+    arrays = scoring.VolumeArrays(
+        image=None,
+        brain=brain,
+        lesion=~brain,
+        scores=scores,
+        slice_score=np.zeros(1),
+        volume_score=0.0,
+        maps={Stage.PROCESSED: (scores, brain)},
+        reconstruction=None,
+        errors={},
+    )
+    where = Geometry(
+        native_shape=(1, 5, 1),
+        native_affine=np.eye(4),
+        grid_to_native=geometry.box_transform((0, 1, 0), (1, 1, 1)),
+    )
+    outside = min(0.0, float(scores.min()))
+    expected = [outside, *scores.ravel(), outside]
+    np.testing.assert_allclose(export.on_scan(arrays, where).ravel(), expected)

@@ -21,6 +21,7 @@ from uad_jax.data import pipeline
 from uad_jax.data.config import DataConfig
 from uad_jax.data.sources import Store, VolumeInfo
 from uad_jax.measuring import Scale, VolumeResult, Wanted
+from uad_jax.metrics import calibration
 from uad_jax.scoring import Scorer, Stage, VolumeArrays
 
 DEFAULT_SET = "test"  # its report is report.html, that of others report_<set>.html
@@ -74,13 +75,11 @@ class Context:
 
     def calibration_path(self, stage: Stage) -> pathlib.Path:
         """The thresholds' file; a set with its own store has its own."""
-        name = self.evaluation_set.protocol.value
+        protocol = self.evaluation_set.protocol.value
         if stage is Stage.UNPROCESSED:
-            name += "_unprocessed"
-        if self.evaluation_set.store:
-            name += f"_{self.name}"
-        step = "maps" if self.step is None else str(self.step)
-        return self.workdir / "calibration" / step / f"{name}.json"
+            protocol += "_unprocessed"
+        own = self.name if self.evaluation_set.store else ""
+        return calibration.file_path(self.workdir, self.step, protocol, own)
 
     def fingerprint(self, infos: Sequence[VolumeInfo]) -> str:
         """Identifies what is measured and how: equal ones share a table."""

@@ -7,6 +7,7 @@ from uad_jax.data import geometry, nifti
 from uad_jax.data.sources import VolumeInfo
 from uad_jax.evaluation import Context
 from uad_jax.scoring import VolumeArrays
+from uad_jax.types import Geometry
 
 
 def write(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> None:
@@ -17,9 +18,8 @@ def write(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> None:
     """
     folder = context.workdir / "maps" / context.name
     folder.mkdir(parents=True, exist_ok=True)
-    native = geometry.to_native(shown(arrays), info.geometry)
     path = folder / f"{info.subject}_desc-anomaly_map.nii.gz"
-    nifti.write_map(path, native, info.geometry)
+    nifti.write_map(path, on_scan(arrays, info.geometry), info.geometry)
     write_scores(context, info, arrays)
 
 
@@ -30,6 +30,17 @@ def write_scores(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> No
     maps.write_scores(
         folder, info, arrays.scores, arrays.slice_score, arrays.volume_score
     )
+
+
+def on_scan(arrays: VolumeArrays, where: Geometry) -> np.ndarray:
+    """The shown map on the voxels of the scan, [X, Y, Z] float32.
+
+    Outside the model grid it is what it is outside the brain, also where scores are
+    negative.
+    """
+    on_grid = shown(arrays)
+    outside = min(0.0, float(on_grid.min()))
+    return geometry.to_native(on_grid - outside, where) + np.float32(outside)
 
 
 def shown(arrays: VolumeArrays) -> np.ndarray:

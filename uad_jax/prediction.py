@@ -167,7 +167,7 @@ def _native_maps(
     whose errors evaluation measured, and bring back components that were dropped.
     """
     maps = {
-        "anomaly_map": geometry.to_native(export.shown(arrays), where),
+        "anomaly_map": export.on_scan(arrays, where),
         "anomaly_mask": geometry.to_native(found, where),
     }
     if arrays.reconstruction is not None:

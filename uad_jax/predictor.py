@@ -181,9 +181,8 @@ def _calibrated(
     Raises:
       ValueError: There is none; says which command makes it.
     """
-    suffix = f"_{name}" if chosen.store else ""
-    file = f"{chosen.protocol.value}{suffix}.json"
-    path = workdir / "calibration" / str(step) / file
+    own = name if chosen.store else ""
+    path = calibration.file_path(workdir, step, chosen.protocol.value, own)
     entries = calibration.load(path) if path.is_file() else {}
     if config.name not in entries:
         raise ValueError(

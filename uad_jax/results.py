@@ -189,6 +189,15 @@ def subject_rows(
     return rows
 
 
+def read_subjects(
+    workdir: pathlib.Path, name: str, scorer: str
+) -> Sequence[Mapping[str, Any]]:
+    """Reads the rows of one scorer from `results/<set>_subjects.csv`."""
+    path = workdir / "results" / f"{name}_subjects.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["scorer"] == scorer]
+
+
 def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows as CSV, atomically; a field that a row lacks stays empty."""
     fields = list(dict.fromkeys(name for row in rows for name in row))

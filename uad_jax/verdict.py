@@ -68,7 +68,8 @@ def sentence(comparison: Mapping[str, Any]) -> str:
     if not count:
         return "No annotated lesions: there are no voxel figures."
     if "interval" not in comparison:
-        return f"{count} patients with annotated lesions: single cases, no ranking."
+        patients = "1 patient" if count == 1 else f"{count} patients"
+        return f"{patients} with annotated lesions: single cases, no ranking."
     low, high = comparison["interval"]
     difference = comparison["ap_volume_mean_difference"]
     volumes = ""

@@ -181,6 +181,23 @@ def calibrate(
     )
 
 
+def file_path(
+    workdir: pathlib.Path, step: int | None, protocol: str, set_name: str = ""
+) -> pathlib.Path:
+    """Where the calibrations of one checkpoint under one protocol are.
+
+    Args:
+      workdir: The run, or where results of maps go.
+      step: The checkpoint; None for maps made elsewhere.
+      protocol: Its name, or what it is called if maps are not processed.
+      set_name: Of a set with a store of its own, whose lesions may have their share
+        in the thresholds.
+    """
+    suffix = f"_{set_name}" if set_name else ""
+    folder = "maps" if step is None else str(step)
+    return workdir / "calibration" / folder / f"{protocol}{suffix}.json"
+
+
 def save(path: pathlib.Path, entries: Mapping[str, Calibration]) -> None:
     """Writes the calibrations of one checkpoint under one protocol, atomically.
 
