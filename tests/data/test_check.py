@@ -236,6 +236,21 @@ def test_fault_B33_lesion_lost_to_erosion_is_noted(tmp_path: pathlib.Path) -> No
     assert f"{count / (count + 4):.1%} of the lesion" in note.message
 
 
+def test_the_mask_of_a_sham_must_not_be_empty_and_loses_no_dice(
+    tmp_path: pathlib.Path,
+) -> None:
+    lesion = np.zeros(scans.SHAPE, bool)
+    lesion[10, 12, 10] = True
+    lesion[0, 0, :3] = True  # outside the brain
+    found = scans.with_lesion(tmp_path, scans.subject(tmp_path, "a", 0), lesion)
+    sham = dataclasses.replace(found, label="sham", split="test")
+    assert not any("lesion" in problem.message for problem in check.check([sham]))
+    empty = scans.with_lesion(tmp_path, found, np.zeros(scans.SHAPE, bool))
+    sham = dataclasses.replace(empty, label="sham", split="test")
+    (error,) = _of(check.check([sham]), Severity.ERROR)
+    assert "the mask of the sham is empty" in error.message
+
+
 def test_fault_B34_wrong_modality_is_an_outlier(tmp_path: pathlib.Path) -> None:
     subjects = [scans.subject(tmp_path, f"s{k}", k, 1 + 0.02 * k) for k in range(9)]
     assert _of(check.check(subjects), Severity.WARNING) == []

@@ -127,7 +127,7 @@ def test_rows_are_reported_together(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="problem") as error:
         manifest.read(path)
     for part in (
-        "line 2: label is 'healty'; expected one of healthy, abnormal. Did you mean",
+        "line 2: label is 'healty'; expected one of healthy, abnormal, sham.",
         "line 3: split is 'validation'",
         "line 3: subject 'a' is already on line 2",
         "line 4: subject 'b' has no image",
@@ -236,3 +236,21 @@ def test_folder_problems_are_errors(
 def test_absent_source_is_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="neither a manifest nor a folder"):
         manifest.read(tmp_path / "gone")
+
+
+def test_a_sham_needs_a_mask_and_its_implant_on_the_same_patient(
+    tmp_path: pathlib.Path,
+) -> None:
+    _touch(tmp_path, "a.nii", "m.nii")
+    heading = "subject,patient,image,lesion_mask,label,sham_of\n"
+    implant = "one,p,a.nii,m.nii,abnormal,\n"
+    good = _csv(tmp_path, heading + implant + "two,p,a.nii,m.nii,sham,one\n")
+    assert manifest.read(good)[1].label == "sham"
+    for row, message in (
+        ("two,p,a.nii,,sham,one", "sham 'two' has no lesion_mask"),
+        ("two,p,a.nii,m.nii,sham,three", "sham_of is 'three'; expected an abnormal"),
+        ("two,q,a.nii,m.nii,sham,one", "expected an abnormal subject of the same"),
+    ):
+        bad = _csv(tmp_path, heading + implant + row + "\n")
+        with pytest.raises(ValueError, match=message):
+            manifest.read(bad)

@@ -132,6 +132,21 @@ def test_abnormal_in_train_is_an_error_unless_asked_for() -> None:
     assert splits.assign(volumes, abnormal_in_train=True) == {"a": "train"}
 
 
+def test_shams_never_train() -> None:
+    given = [_subject("a", label="sham", split="train")]
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match=r"1 sham\(s\) in train \(a\)"):
+            splits.assign(given, abnormal_in_train=allowed)
+    drawn = _healthy(12) + [_subject(f"s{n}", label="sham") for n in range(8)]
+    drawn.append(_subject("h3-sham", patient="h3", label="sham"))
+    for fold in range(5):
+        roles = splits.assign(drawn, fold)
+        assert {roles[v.subject] for v in drawn if v.label == "sham"} == {"test"}
+        assert roles["h3"] == "test"  # its patient has a sham
+    folds = [_subject("b", fold=0), _subject("s", label="sham", fold=1)]
+    assert splits.assign(folds) == {"b": "val", "s": "test"}
+
+
 def test_subjects_without_a_split_among_others_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"1 of 2 subjects have neither .*\(b\)"):
         splits.assign([_subject("a", split="train"), _subject("b")])

@@ -50,7 +50,7 @@ class Source:
       load: Makes the prepared scan; picklable if a pool is used.
       modalities: Of the channels that `load` returns, in this order.
       patient: Name of the person; "" = the subject.
-      label: "healthy" or "abnormal".
+      label: "healthy", "abnormal" or "sham".
       annotated: Whether the lesion mask is an annotation.
       split: "train", "val", "test" or None.
       fold: Validation fold or None.

@@ -225,6 +225,8 @@ def _check_lesion(
     """Compares the lesion mask with the label and with the brain mask."""
     path, label = sheet.subject.lesion_mask, sheet.subject.label
     voxels = int(lesion.sum())
+    if label == "sham" and not voxels:
+        sheet.error("the mask of the sham is empty. Give that of its implant.", path)
     if label == "abnormal" and not voxels:
         sheet.warning(
             "the lesion mask is empty, but the subject is labelled abnormal; its "
@@ -237,8 +239,8 @@ def _check_lesion(
             "the label or the mask.",
             path,
         )
-    if not voxels or brain is None:
-        return
+    if not voxels or brain is None or label == "sham":
+        return  # nobody has to find a sham: no Dice is lost with its voxels
     outside = 1 - float((lesion & brain).sum()) / voxels
     if outside > 0:
         ceiling = 2 * (1 - outside) / (2 - outside)

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
-LABELS = ("healthy", "abnormal")
+LABELS = ("healthy", "abnormal", "sham")
+SHAM_COLUMN = "sham_of"  # the subject whose implant a sham copies
 COLUMNS = (
     "subject",
     "patient",
@@ -74,7 +75,7 @@ class SubjectFiles:
       images: Modality -> file, at least one.
       brain_mask: Brain mask; None = every voxel of the image that is not 0.
       lesion_mask: Annotation, or None.
-      label: "healthy" or "abnormal".
+      label: "healthy", "abnormal", or "sham": an implant that changes nothing.
       split: "train", "val", "test" or None.
       fold: Validation fold of the subject, or None.
       licence: Licence of the data, "" = not stated.
@@ -121,7 +122,7 @@ def read(source: Path, modality: str = "") -> list[SubjectFiles]:
         raise ValueError(
             f"{source}: there is neither a manifest nor a folder of that name."
         )
-    problems += missing_files(subjects)
+    problems += missing_files(subjects) + _sham_problems(subjects)
     if not subjects and not problems:
         problems.append(
             "no subjects. Expected rows under the heading, or *.nii.gz files."
@@ -165,6 +166,18 @@ def missing_files(subjects: Iterable[SubjectFiles]) -> list[str]:
         for subject in subjects
         for path in subject.files()
         if not path.is_file()
+    ]
+
+
+def _sham_problems(subjects: Sequence[SubjectFiles]) -> list[str]:
+    """Shams without their implant on the same patient; they could not be compared."""
+    implants = {s.subject: s.patient for s in subjects if s.label == "abnormal"}
+    return [
+        f"sham {sham.subject!r}: {SHAM_COLUMN} is {sham.extra.get(SHAM_COLUMN, '')!r}; "
+        "expected an abnormal subject of the same patient."
+        for sham in subjects
+        if sham.label == "sham"
+        and implants.get(sham.extra.get(SHAM_COLUMN, "")) != sham.patient
     ]
 
 
@@ -287,6 +300,8 @@ def _row_problems(row: dict[str, str]) -> list[str]:
                 f"{name} is {value!r}; expected one of {', '.join(allowed)}."
                 + nearest(value, allowed)
             )
+    if row.get("label") == "sham" and not row.get("lesion_mask"):
+        problems.append(f"sham {row['subject']!r} has no lesion_mask: where is it?")
     fold = row.get("fold", "")
     if fold and not fold.isdecimal():
         problems.append(f"fold is {fold!r}; expected 0, 1, 2, ...")

@@ -53,7 +53,7 @@ class VolumeInfo:
       patient: Name of the person; folds and leak checks go by it.
       split: "train", "val", "test" or None.
       fold: Fold in which the volume validates, or None.
-      label: "healthy" or "abnormal".
+      label: "healthy", "abnormal" or "sham".
       annotated: Whether the lesion mask is an annotation (an empty one counts for
         healthy volumes).
       licence: Licence of the scan.

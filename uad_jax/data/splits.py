@@ -32,7 +32,7 @@ class Splittable(Protocol):
 
     @property
     def label(self) -> str:
-        """Either healthy or abnormal."""
+        """One of `manifest.LABELS`."""
 
     @property
     def split(self) -> str | None:
@@ -58,10 +58,10 @@ def assign(
     """Assigns every volume to train, val or test.
 
     `split=test` is always test. Of the rest, a volume with a `fold` is in val when it
-    is this fold, else in train (an abnormal one: in test); without a `fold`, its
+    is this fold, else in train (if it is not healthy: in test); without a `fold`, its
     `split` counts. If no volume has either, healthy patients go to test (15 %), val
     (one of `num_folds` folds of the rest) and train, abnormal ones to val (20 %) and
-    test.
+    test, those with shams alone to test.
 
     Args:
       volumes: The volumes.
@@ -75,8 +75,8 @@ def assign(
       of this fold is absent.
 
     Raises:
-      ValueError: A patient in two splits, an abnormal volume in train, a volume
-        without a split among volumes with one, or a fold that does not exist.
+      ValueError: A patient in two splits, an abnormal volume or a sham in train, a
+        volume without a split among volumes with one, or a fold that does not exist.
     """
     column = f"{FOLD_COLUMN}{fold}"
     if any(name.startswith(FOLD_COLUMN) for v in volumes for name in v.extra):
@@ -190,8 +190,8 @@ def _draw(
 
 def _healthy_rest(volumes: Sequence[Splittable], seed: int) -> list[str]:
     """Healthy patients that are not drawn for test, in hash order."""
-    abnormal = {v.patient for v in volumes if v.label == "abnormal"}
-    healthy = _ordered({v.patient for v in volumes} - abnormal, seed)
+    others = {v.patient for v in volumes if v.label != "healthy"}
+    healthy = _ordered({v.patient for v in volumes} - others, seed)
     testing = max(1, round(HEALTHY_TEST * len(healthy))) if healthy[2:] else 0
     return healthy[testing:]
 
@@ -245,6 +245,16 @@ def _check(
         problems.append(
             f"{len(sick)} abnormal subject(s) in train ({_some(sick)}): training is on "
             "healthy subjects. Use split val or test."
+        )
+    shams = [
+        v.subject
+        for v in volumes
+        if v.label == "sham" and roles.get(v.subject) == "train"
+    ]
+    if shams:
+        problems.append(
+            f"{len(shams)} sham(s) in train ({_some(shams)}): they never train. Use "
+            "split val or test."
         )
     manifest.fail("the splits", problems)
 
