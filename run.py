@@ -170,8 +170,8 @@ def _evaluate() -> None:
             return
         found = evaluate.evaluate(config, workdir, step=_STEP.value)
     for name, results in found.items():
-        rows = results_lib.read_subjects(workdir, name, results["run"]["name"])
-        print(f"\n{name}\n{report.summary(results, rows)}")
+        subjects = results_lib.read_subjects(workdir, name, results["run"]["name"])
+        print(f"\n{name}\n{report.summary(results, subjects)}")
 
 
 def _evaluate_maps(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:

@@ -190,9 +190,9 @@ def _write_profile(
 ) -> None:
     """Writes what scans must be like that the model may see, unless it is there."""
     path = workdir / workdir_lib.PROFILE
-    if path.is_file():
-        if workdir_lib.read_json(path)["fingerprint"] == stream.fingerprint:
-            return
+    known = workdir_lib.read_json(path) if path.is_file() else {}
+    if known.get("fingerprint") == stream.fingerprint:
+        return
     channels = pipeline.channels(store, config.data.modalities)
     profiles = profile.of_store(store, stream.volumes, channels)
     workdir_lib.write_json(
