@@ -1,8 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from uad_jax import mesh
 from uad_jax.ops import noise, simplex
 
 SHAPE = (16, 24, 1)
@@ -106,6 +109,17 @@ def test_noise_may_be_vectorised_over_runs() -> None:
     found = jax.jit(jax.vmap(lambda k: make(k, t)))(keys)
     expected = _make(noise.Noise.SIMPLEX)(keys.reshape(-1), jnp.zeros(4, jnp.int32))
     np.testing.assert_allclose(found.reshape(4, *SHAPE), expected, atol=1e-5)
+
+
+def test_noise_splits_over_devices_without_communication(mesh8) -> None:
+    make = jax.jit(noise.make(noise.Noise.SIMPLEX, SHAPE))
+    split = mesh.batch_sharded(mesh8)
+    keys, t = _keys(8), jnp.arange(8)
+    program = make.lower(jax.device_put(keys, split), jax.device_put(t, split))
+    program = program.compile()
+    assert not re.search("all-(gather|reduce|to-all)|permute", program.as_text())
+    found = program(jax.device_put(keys, split), jax.device_put(t, split))
+    np.testing.assert_allclose(found, make(keys, t), atol=1e-6)
 
 
 def test_mistakes_are_named() -> None:
