@@ -20,9 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from uad_jax.nn import initialisers
+
 GROUPS = 32
 EPSILON = 1e-5  # PyTorch's; the default of Flax is 1e-6
 MAX_PERIOD = 10_000.0
+ZEROS = {"kernel_init": nn.initializers.zeros}
 
 
 class Resample(enum.Enum):
@@ -291,24 +294,12 @@ def _mlp(x: jax.Array, size: int, name: str) -> jax.Array:
 def _conv(
     x: jax.Array, features: int, size: int, dtype: Any, name: str, zero: bool = False
 ) -> jax.Array:
-    init = _initialisers(size * size * x.shape[-1], zero)
+    init = ZEROS if zero else initialisers.uniform(size * size * x.shape[-1])
     return nn.Conv(features, (size, size), dtype=dtype, name=name, **init)(x)
 
 
 def _dense(
     x: jax.Array, features: int, dtype: Any, name: str, zero: bool = False
 ) -> jax.Array:
-    init = _initialisers(x.shape[-1], zero)
+    init = ZEROS if zero else initialisers.uniform(x.shape[-1])
     return nn.Dense(features, dtype=dtype, name=name, **init)(x)
-
-
-def _initialisers(fan_in: int, zero: bool) -> dict[str, Any]:
-    """PyTorch's defaults: kernel and bias uniform within 1 / sqrt(fan_in)."""
-    if zero:
-        return {"kernel_init": nn.initializers.zeros}
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def uniform(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return {"kernel_init": uniform, "bias_init": uniform}
