@@ -15,8 +15,8 @@ Expected:  docs/results_synthetic.md and docs/results_real.md (after 4,800 slice
 from configs import _parts
 from uad_jax import config as config_lib
 from uad_jax import optim
-from uad_jax.methods import autoencoder
-from uad_jax.methods.autoencoder import Precision, Variant
+from uad_jax.methods import autoencoder, base
+from uad_jax.methods.autoencoder import Variant
 
 # 1600 epochs of 12 batches of 32, the budget Behrendt et al. 2023 give their AE and
 # VAE baselines; Baur et al. stop by validation loss instead.
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> config_lib.ExperimentConfig:
         name=variant.value,
         method=autoencoder.AutoencoderConfig(
             variant=variant,
-            precision=Precision.BFLOAT16,
+            precision=base.Precision.BFLOAT16,
             ema_decay=0.999,
             optimizer=optim.OptimizerConfig(
                 learning_rate=5e-4,

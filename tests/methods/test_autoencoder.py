@@ -8,14 +8,9 @@ import pytest
 from configs import smoke
 from uad_jax import types
 from uad_jax.methods import autoencoder, base
-from uad_jax.methods.autoencoder import (
-    AutoencoderConfig,
-    PixelLoss,
-    Precision,
-    Residual,
-    Variant,
-)
+from uad_jax.methods.autoencoder import AutoencoderConfig, Residual, Variant
 from uad_jax.ops import losses
+from uad_jax.ops.losses import PixelLoss
 
 CONFIG: AutoencoderConfig = smoke.get_config().method
 
@@ -142,7 +137,7 @@ def test_residuals_by_hand() -> None:
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_state() -> None:
     exact, _ = _loss(CONFIG, train=False)
-    config = dataclasses.replace(CONFIG, precision=Precision.BFLOAT16)
+    config = dataclasses.replace(CONFIG, precision=base.Precision.BFLOAT16)
     close, _ = _loss(config, train=False)
     assert close.dtype == jnp.float32
     np.testing.assert_allclose(close, exact, rtol=0.02)

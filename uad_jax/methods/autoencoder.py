@@ -31,26 +31,12 @@ class Variant(enum.Enum):
     VAE = "vae"  # dense Gaussian code
 
 
-class PixelLoss(enum.Enum):
-    """Distance of the reconstruction to the image."""
-
-    L1 = "l1"
-    L2 = "l2"
-
-
 class Residual(enum.Enum):
     """How image and reconstruction become an anomaly map."""
 
     ABS = "abs"
     POSITIVE = "positive"  # brighter than expected: lesions on FLAIR and T2
     SQUARED = "squared"
-
-
-class Precision(enum.Enum):
-    """Type of the computation. Parameters and losses are always float32."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
 
 
 @dataclasses.dataclass
@@ -85,13 +71,13 @@ class AutoencoderConfig:
     max_width: int = 128
     norm: blocks.Norm = blocks.Norm.NONE
     dropout: float = 0.1
-    pixel_loss: PixelLoss = PixelLoss.L1
+    pixel_loss: losses.PixelLoss = losses.PixelLoss.L1
     reduction: losses.Reduction = losses.Reduction.SUM
     kl_weight: float = 1.0
     residual: Residual = Residual.ABS
     sample_at_test: bool = False
     score_chunk: int = 32
-    precision: Precision = Precision.FLOAT32
+    precision: base.Precision = base.Precision.FLOAT32
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     optimizer: optim.OptimizerConfig = dataclasses.field(
@@ -253,8 +239,8 @@ def loss(
     """
     keys = base.sample_keys(key, batch.uid, batch.slice_index)
     output, codes = autoencode(config, params, batch.image, keys=keys, train=train)
-    distance = losses.l1 if config.pixel_loss is PixelLoss.L1 else losses.l2
-    rows = distance(output, batch.image, config.reduction)
+    terms = losses.pixels(config.pixel_loss, output, batch.image)
+    rows = losses.per_row(terms, config.reduction)
     l1 = losses.l1(output, batch.image, losses.Reduction.MEAN)
     scalars = {
         "reconstruction": losses.mean_over_valid(rows, batch.valid),

@@ -1,5 +1,6 @@
 """What a method is, and the few ways to compose one."""
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,13 @@ from uad_jax.types import (
     Tree,
     Volumes,
 )
+
+
+class Precision(enum.Enum):
+    """Type of a network's computation. Parameters and losses are always float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 class Inputs(NamedTuple):
@@ -276,17 +284,36 @@ def _split(
 def slicewise(
     score_slices: ScoreSlices, chunk: int = 0
 ) -> Callable[[ModelState, Volumes, Key], Scores]:
-    """Lifts a score of slices to volumes.
-
-    Args:
-      score_slices: Scores N slices at once.
-      chunk: Slices per volume that are scored at once, to bound the memory; 0 = all.
-
-    Returns:
-      `score` of a Method. The volume axis stays outermost, so it may be sharded.
-    """
+    """Lifts a score of slices to volumes; `chunk` as in `over_slices`."""
+    lifted = over_slices(score_slices, chunk)
 
     def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
+        anomaly_map, output = lifted(model, volumes, key)
+        return summarise(anomaly_map, output, volumes)
+
+    return score
+
+
+def over_slices(
+    function: Callable[[ModelState, Array, Array, Array], Tree],
+    chunk: int = 0,
+    *,
+    key_per_volume: bool = False,
+) -> Callable[[ModelState, Volumes, Key], Tree]:
+    """Lifts a function of slices to volumes.
+
+    Args:
+      function: (model, image [N, H, W, C], mask [N, H, W, 1], keys [N]) -> arrays
+        [N, ...].
+      chunk: Slices per volume that are computed at once, to bound the memory; 0 = all.
+      key_per_volume: All slices of a volume get one key, that of slice 0.
+
+    Returns:
+      (model, volumes, key) -> arrays [B, D, ...]. The volume axis stays outermost, so
+      it may be sharded.
+    """
+
+    def lifted(model: ModelState, volumes: Volumes, key: Key) -> Tree:
         batch, depth = volumes.valid.shape
         size = min(chunk or depth, depth)
         count = -(-depth // size)
@@ -296,22 +323,22 @@ def slicewise(
             x = jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:])
             return jnp.moveaxis(x, 1, 0)
 
-        def one(part: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+        def one(part: tuple[Array, Array, Array]) -> Tree:
             image, mask, index = (x.reshape(batch * size, *x.shape[2:]) for x in part)
             keys = sample_keys(key, jnp.repeat(volumes.uid, size), index)
-            out = score_slices(model, image, mask, keys)
+            out = function(model, image, mask, keys)
             return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), out)
 
         def join(x: Array) -> Array:
             x = jnp.moveaxis(x, 0, 1)
             return x.reshape(batch, count * size, *x.shape[3:])[:, :depth]
 
-        index = jnp.broadcast_to(jnp.arange(depth), (batch, depth))
+        index = jnp.arange(depth) * (0 if key_per_volume else 1)
+        index = jnp.broadcast_to(index, (batch, depth))
         parts = (split(volumes.image), split(volumes.mask), split(index))
-        anomaly_map, output = jax.tree.map(join, jax.lax.map(one, parts))
-        return summarise(anomaly_map, output, volumes)
+        return jax.tree.map(join, jax.lax.map(one, parts))
 
-    return score
+    return lifted
 
 
 def slabwise(

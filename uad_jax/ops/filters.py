@@ -120,7 +120,12 @@ def gaussian_kernel(sigma: float, truncate: float = 4.0) -> np.ndarray:
 
 
 def gaussian(
-    image: jax.Array, sigma: float, *, num_axes: int = 2, truncate: float = 4.0
+    image: jax.Array,
+    sigma: float,
+    *,
+    num_axes: int = 2,
+    truncate: float = 4.0,
+    num_valid: jax.Array | None = None,
 ) -> jax.Array:
     """Blurs the last axes by a Gaussian.
 
@@ -129,20 +134,27 @@ def gaussian(
       sigma: Standard deviation in voxels, > 0.
       num_axes: How many of the last axes to blur.
       truncate: Radius of the kernel in standard deviations.
+      num_valid: [] int32, where the first of these axes ends, as in `median5`.
 
     Returns:
       Array of the same shape, equal to `scipy.ndimage.gaussian_filter` with its
       "reflect" border to float32 rounding.
     """
     kernel = gaussian_kernel(sigma, truncate)
-    for axis in range(image.ndim - num_axes, image.ndim):
-        image = _correlate(image, kernel, axis)
+    first = image.ndim - num_axes
+    for axis in range(first, image.ndim):
+        valid: jax.Array | int = image.shape[axis]
+        if axis == first and num_valid is not None:
+            valid = num_valid
+        image = _correlate(image, kernel, axis, valid)
     return image
 
 
-def _correlate(image: jax.Array, kernel: np.ndarray, axis: int) -> jax.Array:
+def _correlate(
+    image: jax.Array, kernel: np.ndarray, axis: int, valid: jax.Array | int
+) -> jax.Array:
     size, radius = image.shape[axis], len(kernel) // 2
-    padded = jnp.take(image, reflect_index(size, size, radius), axis=axis)
+    padded = jnp.take(image, reflect_index(size, valid, radius), axis=axis)
     # Shifted sums: on CPU faster than a convolution with one channel, fused elsewhere.
     total = jnp.zeros_like(image)
     for offset, weight in enumerate(kernel):
@@ -160,6 +172,7 @@ def ssim(
     sigma: float = 1.5,
     truncate: float = 3.5,
     return_map: bool = False,
+    num_valid: jax.Array | None = None,
 ) -> jax.Array:
     """Structural similarity with Gaussian weights.
 
@@ -175,6 +188,8 @@ def ssim(
       sigma: Standard deviation of the window in voxels.
       truncate: Radius of the window in standard deviations.
       return_map: Return the map of local similarity, not its mean.
+      num_valid: [] int32, where the first of the compared axes ends, as in `median5`;
+        for maps only.
 
     Returns:
       Mean similarity of each image, shape of the leading axes; or the map, shape
@@ -182,7 +197,8 @@ def ssim(
       use_sample_covariance=False)`.
 
     Raises:
-      ValueError: If the shapes differ or an image is smaller than the window.
+      ValueError: If the shapes differ, or if a mean is wanted of images smaller than
+        the window.
 
     Source: Wang et al. 2004.
     """
@@ -192,7 +208,7 @@ def ssim(
         raise ValueError(
             f"Expected two images of one shape, found {x.shape}, {y.shape}."
         )
-    if min(spatial) < 2 * radius + 1:
+    if not return_map and min(spatial) < 2 * radius + 1:
         raise ValueError(
             f"The images are {spatial}, but the window spans {2 * radius + 1} voxels. "
             "Use larger images or a smaller sigma."
@@ -202,7 +218,9 @@ def ssim(
     c1, c2 = (0.01 * scale) ** 2, (0.03 * scale) ** 2
 
     def blur(image: jax.Array) -> jax.Array:
-        return gaussian(image, sigma, num_axes=num_axes, truncate=truncate)
+        return gaussian(
+            image, sigma, num_axes=num_axes, truncate=truncate, num_valid=num_valid
+        )
 
     # Variances do not change when both images are shifted, and float32 cancels less
     # near zero mean; the luminance term below uses the true means.

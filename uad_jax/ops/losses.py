@@ -17,6 +17,19 @@ class Reduction(enum.Enum):
     MEAN = "mean"
 
 
+class PixelLoss(enum.Enum):
+    """Distance of a prediction to its target, pixel by pixel."""
+
+    L1 = "l1"
+    L2 = "l2"
+
+
+def pixels(kind: PixelLoss, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Absolute or squared differences, unreduced, [...] float32."""
+    difference = _float32(x) - _float32(y)
+    return jnp.abs(difference) if kind is PixelLoss.L1 else jnp.square(difference)
+
+
 def l1(x: jax.Array, y: jax.Array, reduction: Reduction = Reduction.SUM) -> jax.Array:
     """Absolute difference of each row.
 
@@ -28,7 +41,7 @@ def l1(x: jax.Array, y: jax.Array, reduction: Reduction = Reduction.SUM) -> jax.
     Returns:
       [N] float32.
     """
-    return per_row(jnp.abs(_float32(x) - _float32(y)), reduction)
+    return per_row(pixels(PixelLoss.L1, x, y), reduction)
 
 
 def l2(x: jax.Array, y: jax.Array, reduction: Reduction = Reduction.SUM) -> jax.Array:
@@ -42,7 +55,7 @@ def l2(x: jax.Array, y: jax.Array, reduction: Reduction = Reduction.SUM) -> jax.
     Returns:
       [N] float32.
     """
-    return per_row(jnp.square(_float32(x) - _float32(y)), reduction)
+    return per_row(pixels(PixelLoss.L2, x, y), reduction)
 
 
 def kl_normal(
