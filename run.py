@@ -45,6 +45,9 @@ _SOURCE = flags.DEFINE_string(
 _STORE = flags.DEFINE_string(
     "store", "", "Directory of prepared slices; evaluate: to evaluate on."
 )
+_DATA = flags.DEFINE_multi_string(
+    "data", [], "evaluate: stores to evaluate on; may be given several times."
+)
 _RECIPE = flags.DEFINE_string("recipe", "grid2mm", "Preprocessing recipe.")
 _MODALITY = flags.DEFINE_string(
     "modality", "", "Modalities to take; of a plain folder also what its files are."
@@ -123,7 +126,7 @@ def _check_data() -> int:
 
 
 def _train() -> int:
-    from uad_jax import distributed, evaluate, train
+    from uad_jax import distributed, evaluate, evaluation, train
 
     _need("config", "workdir")
     if _DISTRIBUTED.value:
@@ -135,6 +138,8 @@ def _train() -> int:
             "the --store of `run.py prepare`."
         )
     config.source = config_flags.get_config_filename(flags.FLAGS["config"])
+    if config.train.evaluate_every:
+        evaluation.check_sets(config)
     result = train.train(
         config,
         workdir,
@@ -154,13 +159,21 @@ def _evaluate() -> None:
 
     _need("workdir")
     workdir = pathlib.Path(_WORKDIR.value)
+    several = _STEPS.value or _WATCH.value
+    if _STEP.value is not None and (several or _MAPS.value):
+        sys.exit(
+            "--step is one checkpoint: leave it out with --steps, --watch, --maps."
+        )
+    if _MAPS.value and several:
+        sys.exit("Maps have no checkpoints: leave out --steps and --watch.")
     if _MAPS.value:
         found = _evaluate_maps(pathlib.Path(_MAPS.value), workdir)
     else:
         config = _run_config()
-        if _STORE.value:
-            config.evaluation.sets = evaluation.set_of_store(_STORE.value)
-        if _STEPS.value or _WATCH.value:
+        stores = [*_DATA.value, *([_STORE.value] if _STORE.value else [])]
+        if stores:
+            config.evaluation.sets = evaluation.sets_of_stores(config, stores)
+        if several:
             steps = _STEPS.value or "all"
             rows = by_step.evaluate_steps(
                 config, workdir, steps=steps, watch=_WATCH.value
@@ -195,19 +208,31 @@ def _evaluate_maps(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any
 
 
 def _compare(names: list[str]) -> int:
-    from uad_jax import compare
+    from uad_jax import compare, entries
 
     if len(names) < 2:
         sys.exit("Give two or more: python run.py compare RUN RUN_or_MAPS ...")
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or "runs/compare")
-    folders = [_evaluated(pathlib.Path(name), output) for name in names]
+    given = [pathlib.Path(name).resolve() for name in names]
+    if len(set(given)) < len(given):
+        sys.exit("One folder is given twice: name every run or folder of maps once.")
+    short = entries.short_names(given)
+    folders = [
+        _evaluated(folder, output / name.replace("/", "_"))
+        for folder, name in zip(given, short, strict=True)
+    ]
     result = compare.compare(folders, output, set_name=_SET.value)
     print(f"{compare.render(result)}\n\nPage: {output / 'compare.html'}")
     return 0
 
 
-def _evaluated(folder: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
-    """The folder of results: evaluates a run or a folder of maps that has none."""
+def _evaluated(folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of results: evaluates a run or a folder of maps that has none.
+
+    Args:
+      folder: The run, the results of maps, or maps.
+      workdir: Where results of maps go.
+    """
     from uad_jax import evaluate
 
     if any(folder.glob("results/*.json")):
@@ -216,7 +241,6 @@ def _evaluated(folder: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
         evaluate.evaluate(_opening.stored_experiment(folder), folder)
         return folder
     if any(folder.rglob("*.nii*")):
-        workdir = output / folder.resolve().name
         _evaluate_maps(folder, workdir)
         return workdir
     sys.exit(

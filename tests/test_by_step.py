@@ -121,11 +121,31 @@ def test_rows_that_are_there_are_kept_and_the_others_added(
         by_step.evaluate_steps(config, workdir, steps="2:4", mesh=mesh1, progress=False)
         assert 2 not in evaluated
         assert 3 not in evaluated
-        path.write_text(path.read_text().replace(_rows(workdir)[0]["fingerprint"], "0"))
+        text = path.read_text()
+        path.write_text(text.replace(_rows(workdir)[0]["evaluation"], "0"))
+        evaluated.clear()
+        by_step.evaluate_steps(config, workdir, steps="2:3", mesh=mesh1, progress=False)
+        assert evaluated == [2]  # that row was of something else
+        path.write_text("step\nnonsense")
         evaluated.clear()
         by_step.evaluate_steps(config, workdir, steps="3:3", mesh=mesh1, progress=False)
-    assert evaluated == [3]  # rows of other volumes do not count
-    assert [row["step"] for row in _rows(workdir)] == ["3"]
+        assert evaluated == [3]
+
+
+def test_another_rate_makes_other_rows(
+    trained: Trained, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    config, workdir = trained
+    without = shutil.ignore_patterns("results")
+    shutil.copytree(workdir, tmp_path / "run", ignore=without)
+    options = {"steps": "3:3", "mesh": mesh1, "progress": False}
+    name = "dice_healthy_fpr_volume_mean"
+    (before,) = by_step.evaluate_steps(config, tmp_path / "run", **options)
+    strict = runs.smoke_config(
+        pathlib.Path(config.data.store), **TEN, **{"evaluation.healthy_fpr": 0.3}
+    )
+    (after,) = by_step.evaluate_steps(strict, tmp_path / "run", **options)
+    assert float(after[name]) != float(before[name])
 
 
 def test_a_watcher_follows_a_run_to_its_end(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 
 from configs import smoke
 from tests import runs, stores
+from uad_jax import calibrating, evaluate, evaluation, results, scoring, train
 from uad_jax import config as config_lib
-from uad_jax import evaluate, evaluation, scoring, train
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import builder
 from uad_jax.methods import autoencoder
+from uad_jax.metrics import calibration
+from uad_jax.metrics.postprocess import Protocol
 from uad_jax.types import Scores, Volumes
 
 TRAINED = ("t1", "t2")
@@ -112,8 +115,148 @@ def test_sets_of_other_stores(
 
 
 def test_a_store_by_itself_is_a_set_named_after_its_folder() -> None:
-    named = evaluation.set_of_store("stores/brats21/")
-    assert named == {"brats21": EvaluationSet(store="stores/brats21/")}
+    config = smoke.get_config()
+    config.evaluation.sets = {"own": EvaluationSet(protocol=Protocol.NONE)}
+    named = evaluation.sets_of_stores(config, ["stores/brats21/", "other/brats21"])
+    none = Protocol.NONE
+    assert named == {
+        "brats21": EvaluationSet(store="stores/brats21/", protocol=none),
+        "other_brats21": EvaluationSet(store="other/brats21", protocol=none),
+    }
+    assert set(evaluation.sets_of_stores(config, ["stores/own"])) == {"stores_own"}
+
+
+def test_a_run_called_like_a_baseline_is_refused(
+    trained: tuple[ExperimentConfig, pathlib.Path], mesh1: jax.sharding.Mesh
+) -> None:
+    config, workdir = trained
+    with pytest.MonkeyPatch.context() as patch:
+        make = scoring.method_scorer
+        patch.setattr(
+            scoring, "method_scorer", lambda _, *given: make("atlas-z", *given)
+        )
+        with pytest.raises(ValueError, match=r"called 'atlas-z', like one of the base"):
+            evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+
+
+def test_fault_B35_scans_that_moved_from_training_to_test_are_refused(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    scans = stores.tiny_scans(grid=(6, 32, 32, 2), modalities=TRAINED)
+    moved = [
+        dataclasses.replace(scan, split="test") if scan.subject == "train-0" else scan
+        for scan in scans
+    ]
+    again = _opened(config)
+    again.data.store = str(_store(tmp_path / "moved", *moved))
+    with pytest.raises(ValueError, match=r"1 of 4 scans .* trained on \(train-0\)"):
+        evaluate.evaluate(again, workdir, mesh=mesh1, progress=False)
+
+
+def test_fault_B35_validation_scans_are_not_tested_in_another_store(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    # The phantom of val-0, under another name.
+    store = _store(tmp_path / "a", _scan(3, TRAINED), _scan(54, TRAINED))
+    config = _opened(config, again=EvaluationSet(store=str(store)))
+    with pytest.raises(ValueError, match=r"validated on \(scan-3\)"):
+        evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+
+
+def test_thresholds_follow_the_checkpoint_they_are_of(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    path = run / "calibration" / "2" / "behrendt.json"
+    evaluate.evaluate(config, run, mesh=mesh1, progress=False)
+    before = calibration.load(path)
+    # Trained anew in the same place, from another seed.
+    shutil.rmtree(run / "checkpoints")
+    (run / "config.json").unlink()
+    config = _opened(config)
+    config.seed = 7
+    train.train(config, run, mesh=mesh1, progress=False)
+    assert evaluate.calibrate(config, run, progress=False)
+    after = calibration.load(path)
+    assert after["smoke"].healthy_fpr != before["smoke"].healthy_fpr
+
+
+def test_volumes_of_unequal_depth_are_evaluated_without_the_atlas(
+    tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    scans = [
+        dataclasses.replace(
+            _scan(number, ("t1",)),
+            split=split,
+            load=functools.partial(stores.phantom, number, (depth, 32, 32, 1)),
+        )
+        for number, (split, depth) in enumerate(
+            [("train", 6), ("train", 6), ("train", 5), ("val", 6), ("test", 4)]
+        )
+    ]
+    config = runs.smoke_config(
+        _store(tmp_path / "store", *scans), batch_size=4, **TWO_STEPS
+    )
+    train.train(config, tmp_path / "run", mesh=mesh1, progress=False)
+    found = evaluate.evaluate(config, tmp_path / "run", mesh=mesh1, progress=False)
+    assert "atlas-z" not in found["test"]["scorers"]
+    assert len(found["test"]["scorers"]) == 5
+
+
+def test_a_set_without_thresholds_stays_in_bounded_memory(
+    trained: tuple[ExperimentConfig, pathlib.Path], mesh1: jax.sharding.Mesh
+) -> None:
+    config, workdir = trained
+    exact = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)["test"]
+    config = _opened(config, bounded=EvaluationSet())
+    config.evaluation.exact_voxels = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrating, "calibrate", lambda *given, **options: {})
+        found = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+    found = found["bounded"]
+    assert found["pooled"] == "histogram"
+    for name, row in found["scorers"].items():
+        expected = exact["scorers"][name]["ap_pooled"]
+        assert row["ap_pooled"] == pytest.approx(expected, abs=0.01)
+    assert found["operating"] == {"rule": None, "threshold": None}
+    assert not (workdir / "results" / "bounded_found.npz").exists()
+
+
+def test_an_evaluation_that_ends_half_way_leaves_no_mixed_results(
+    trained: tuple[ExperimentConfig, pathlib.Path], mesh1: jax.sharding.Mesh
+) -> None:
+    config, workdir = trained
+    config = _opened(config, torn=EvaluationSet())
+    evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+    folder = workdir / "results"
+    before = (
+        (folder / "torn.json").read_bytes(),
+        (folder / "torn_found.npz").read_bytes(),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.drawing, "draw", lambda *given, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+    after = (
+        (folder / "torn.json").read_bytes(),
+        (folder / "torn_found.npz").read_bytes(),
+    )
+    assert after == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "write_table", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+    assert not (folder / "torn.json").exists()
 
 
 def test_nothing_is_tuned_on_what_it_is_measured_on(

@@ -325,7 +325,7 @@ def test_the_threshold_is_that_of_the_sets_rule(
     entry = calibration.load(path)["smoke"]
     assert healthy.value == entry.healthy_fpr[0.05]
     labelled = dataclasses.replace(entry, validated=0.25, num_abnormal=4)
-    calibration.save(path, {"smoke": labelled})
+    calibration.save(path, {"smoke": labelled}, calibration.load_origin(path))
     assert threshold() == predictor.Threshold(
         value=0.25,
         rule="validated",

@@ -1,6 +1,7 @@
 """Evaluates many checkpoints of a run, also while it trains: `results/by_step.csv`."""
 
 import csv
+import hashlib
 import math
 import pathlib
 import time
@@ -10,7 +11,15 @@ from typing import Any
 import jax
 from absl import logging
 
-from uad_jax import evaluate, evaluation, report, saved_run, tables, writer
+from uad_jax import (
+    calibrating,
+    evaluate,
+    evaluation,
+    report,
+    saved_run,
+    tables,
+    writer,
+)
 from uad_jax import mesh as mesh_lib
 from uad_jax import results as results_lib
 from uad_jax.checkpoint import CheckpointError
@@ -35,9 +44,9 @@ def evaluate_steps(
 ) -> list[Row]:
     """Evaluates checkpoints one after the other; everything is compiled once.
 
-    Rows that are there already, of the same volumes and protocol, are kept, so that it
-    can be stopped and started again. Only the model is scored: baselines, pictures and
-    the report belong to `evaluate.evaluate`.
+    Rows that are there already, of the same checkpoint, volumes, protocol and rates,
+    are kept, so that it can be stopped and started again. Only the model is scored:
+    baselines, pictures and the report belong to `evaluate.evaluate`.
 
     Args:
       config: The run's config.
@@ -54,7 +63,8 @@ def evaluate_steps(
       loss, the figures of the model, and the fingerprint of the set.
 
     Raises:
-      ValueError: If `steps` cannot be read, or names no checkpoint.
+      ValueError: If `steps` cannot be read, or names no checkpoint (also when the
+        run that is watched has ended).
       checkpoint.CheckpointError: If a checkpoint is damaged.
     """
     first, last = parse(steps)
@@ -62,11 +72,13 @@ def evaluate_steps(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     with saved_run.opened(config, workdir, mesh) as run:
         compiled = evaluate.program(run, mesh)
-        rows = _known_rows(config, workdir, mesh)
+        rows = _known_rows(run, mesh)
         while True:
-            finished = run.finished()  # before the look: its last step is then seen
+            there = run.steps()
+            waits = watch and not run.finished() and not (there and there[-1] >= last)
+            # After that question: what ended the run is then among the steps.
             wanted = [step for step in run.steps() if first <= step <= last]
-            if not wanted and not watch:
+            if not wanted and not waits:
                 raise ValueError(
                     f"No checkpoint of {workdir} is within --steps={steps}; there are "
                     f"{run.steps()}."
@@ -74,9 +86,14 @@ def evaluate_steps(
             new = [step for step in wanted if not _is_known(config, rows, step)]
             for step in new:
                 rows = _add_step(run, step, compiled, mesh, progress, rows)
-            if not watch or finished:
+            if not waits:
                 return rows
             if not new:
+                logging.log_every_n_seconds(
+                    logging.INFO,
+                    "Waiting for the next checkpoint; Ctrl-C ends it.",
+                    600,
+                )
                 time.sleep(poll_seconds)
 
 
@@ -87,7 +104,9 @@ def render(rows: Sequence[Row]) -> str:
         [
             str(row[name])
             if name in ("set", "step")
-            else tables.number(float(row[name]) if row.get(name) else None)
+            else tables.number(
+                None if row.get(name) in (None, "") else float(row[name])
+            )
             for name in columns
         ]
         for row in rows
@@ -112,29 +131,59 @@ def parse(steps: str) -> tuple[float, float]:
     return int(first or 0), int(last) if last else math.inf
 
 
-def _known_rows(
-    config: ExperimentConfig, workdir: pathlib.Path, mesh: jax.sharding.Mesh
-) -> list[Row]:
+def _known_rows(run: SavedRun, mesh: jax.sharding.Mesh) -> list[Row]:
     """The rows of an earlier start that still hold."""
-    path = workdir / "results" / FILE
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows: list[Row] = [
-            {**row, "step": int(row["step"])} for row in csv.DictReader(file)
-        ]
-    contexts = evaluation.contexts(config, workdir, 0, mesh, False)
-    valid = {context.name: context.fingerprint(context.test) for context in contexts}
-    kept = [row for row in rows if valid.get(row["set"]) == row["fingerprint"]]
+    rows = _read(run.workdir / "results" / FILE)
+    there = {step: run.identity(step) for step in run.steps()}
+    valid = {
+        (context.name, step): _key(context)
+        for step, identity in there.items()
+        for context in evaluation.contexts(
+            run.config, run.workdir, step, mesh, False, identity
+        )
+    }
+    kept = []
+    for row in rows:
+        place = (row["set"], row["step"])
+        gone = row["step"] not in there  # deleted since: nothing contradicts it
+        if gone or valid.get(place) == row["evaluation"]:
+            kept.append(row)
     if len(kept) < len(rows):
         logging.warning(
-            "%s: %d of %d rows are of other volumes or another protocol and are "
+            "%d of %d rows of %s are of other checkpoints, volumes or rules and are "
             "evaluated again.",
-            path,
             len(rows) - len(kept),
             len(rows),
+            FILE,
         )
     return kept
+
+
+def _read(path: pathlib.Path) -> list[Row]:
+    """The rows of the file; none, with a warning, if it is damaged."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {**row, "step": int(row["step"]), "set": row["set"]}
+                | {"evaluation": row["evaluation"]}
+                for row in csv.DictReader(file)
+            ]
+    except (KeyError, ValueError, TypeError) as error:
+        logging.warning("%s is damaged (%s) and is made anew.", path, error)
+        return []
+
+
+def _key(context: Context) -> str:
+    """Identifies what a row was made of: checkpoint, volumes, protocol, thresholds."""
+    parts = [
+        context.fingerprint(context.test),
+        context.data.modalities,
+        context.evaluation_set.threshold_from.value,
+        *calibrating.origin(context).values(),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _is_known(config: ExperimentConfig, rows: Sequence[Row], step: int) -> bool:
@@ -152,6 +201,7 @@ def _add_step(
 ) -> list[Row]:
     """Evaluates one checkpoint and writes the file once more."""
     try:
+        identity = run.identity(step)
         scorer = evaluate.model_scorer(run, step, compiled)
     except CheckpointError:
         if step in run.steps():
@@ -163,7 +213,9 @@ def _add_step(
         )
         return rows
     new = []
-    for context in evaluation.contexts(run.config, run.workdir, step, mesh, progress):
+    for context in evaluation.contexts(
+        run.config, run.workdir, step, mesh, progress, identity
+    ):
         logging.info("Evaluating step %d on %s.", step, context.name)
         results = evaluate.evaluate_set(context, scorer(context), alone=True)
         new.append(_row(context, results))
@@ -194,4 +246,5 @@ def _row(context: Context, results: Mapping[str, Any]) -> Row:
         "validation_loss": losses[-1] if losses else "",
         **figures,
         "fingerprint": results["set"]["fingerprint"],
+        "evaluation": _key(context),
     }

@@ -13,6 +13,7 @@ from uad_jax.evaluation import Context, Scales
 from uad_jax.measuring import Scale, VolumeResult
 from uad_jax.metrics import calibration
 from uad_jax.metrics.calibration import Calibration
+from uad_jax.metrics.voxel import VoxelScores
 from uad_jax.scoring import Scorer, Stage
 
 Calibrations = Mapping[tuple[str, Stage], Calibration]
@@ -28,6 +29,8 @@ def calibrate(
     context: Context,
     scorers: Sequence[Scorer],
     stages: Sequence[Stage] = (Stage.PROCESSED,),
+    *,
+    exported: bool = False,
 ) -> Calibrations:
     """Calibrates scorers, and writes the files of thresholds.
 
@@ -37,6 +40,8 @@ def calibrate(
       context: The evaluation.
       scorers: What to calibrate; the first is what is evaluated.
       stages: Which maps.
+      exported: Whether maps of the validation scans are written too, if the config
+        asks for maps.
 
     Returns:
       (scorer, stage) -> calibration; empty, with one line that says so, if there are
@@ -50,13 +55,29 @@ def calibrate(
         return {}
     entries: dict[tuple[str, Stage], Calibration] = {}
     for group in _groups(context, scorers, stages, parts):
-        entries |= _calibrate(context, group, stages, parts, scorers[0])
-    for stage in stages:
+        first = scorers[0] if exported and context.settings.export_maps else None
+        entries |= _calibrate(context, group, stages, parts, first)
+    for stage in stages if entries else ():
         path = context.calibration_path(stage)
         chosen = {name: one for (name, at), one in entries.items() if at is stage}
-        if len(chosen) > 1 or not path.exists():  # never forget the baselines' again
-            calibration.save(path, chosen)
+        if len(chosen) > 1 or not is_current(context, stage):
+            calibration.save(path, chosen, origin(context))
     return entries
+
+
+def origin(context: Context) -> dict[str, str]:
+    """What thresholds are made of: the checkpoint and the validation scans."""
+    return {
+        "checkpoint": context.checkpoint,
+        "validation": context.fingerprint(volumes(context)),
+        "rate": repr(context.settings.healthy_fpr),
+    }
+
+
+def is_current(context: Context, stage: Stage) -> bool:
+    """Whether the stored thresholds are of this checkpoint and these scans."""
+    path = context.calibration_path(stage)
+    return path.exists() and calibration.load_origin(path) == origin(context)
 
 
 def volumes(context: Context) -> list[VolumeInfo]:
@@ -90,7 +111,7 @@ def _calibrate(
     scorers: Sequence[Scorer],
     stages: Sequence[Stage],
     parts: Parts,
-    first: Scorer,
+    exported: Scorer | None,
 ) -> dict[tuple[str, Stage], Calibration]:
     found: dict[tuple[str, Stage], list[VolumeResult]] = {
         (one.name, stage): [] for one in scorers for stage in stages
@@ -108,13 +129,19 @@ def _calibrate(
         ):
             for stage, result in one.results.items():
                 found[one.scorer.name, stage].append(result)
-            if one.scorer is first and context.settings.export_maps:
+            if one.scorer is exported:
                 info = one.results[Stage.PROCESSED].info
                 export.write_scores(context, info, one.arrays)
     rates = sorted({*calibration.HEALTHY_RATES, context.settings.healthy_fpr})
     entries = {}
     for key, results in found.items():
         normal = [result for result in results if result.healthy]
+        if not any(one.voxels and len(one.voxels.scores) for one in normal):
+            logging.warning(
+                "The healthy validation scans have no voxel inside the eroded brain: "
+                "no thresholds."
+            )
+            return {}
         entries[key] = calibration.calibrate(
             [result.voxels for result in normal if result.voxels is not None],
             [one.voxels for one in results if one.abnormal and one.voxels is not None],
@@ -159,10 +186,37 @@ def _thresholds(
     return thresholds
 
 
+def edges_only(
+    context: Context,
+    scorers: Sequence[Scorer],
+    infos: Sequence[VolumeInfo],
+    stages: Sequence[Stage],
+) -> Scales:
+    """Histogram edges from a few volumes, where nothing was calibrated; no labels."""
+    found: dict[tuple[str, Stage], list[VoxelScores]] = {}
+    for one in evaluation.score(
+        context,
+        scorers,
+        context.store,
+        infos[:4],
+        {},
+        "Scaling",
+        stages=stages,
+        voxels=True,
+    ):
+        for stage, result in one.results.items():
+            if result.voxels is not None:
+                found.setdefault((one.scorer.name, stage), []).append(result.voxels)
+    return {
+        key: Scale({}, np.asarray(calibration.score_edges(voxels), np.float32))
+        for key, voxels in found.items()
+    }
+
+
 def operating(context: Context, scales: Scales, name: str) -> dict[str, Any]:
     """The rule and the threshold that findings are shown at; None without any."""
     scale = scales.get((name, Stage.PROCESSED))
-    if scale is None:
+    if scale is None or not scale.thresholds:
         return {"rule": None, "threshold": None}
     rule = context.evaluation_set.threshold_from.value
     if rule not in scale.thresholds:  # no labelled validation scans

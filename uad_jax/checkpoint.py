@@ -6,6 +6,7 @@ kills the process leaves a complete step, or a name that is ignored and cleared 
 at the next start.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -107,6 +108,20 @@ class Checkpoints:
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics that were saved with a step."""
         return self._note(step)["metrics"]
+
+    def identity(self, step: int) -> str:
+        """Hash of everything a step holds; another training gives another one.
+
+        Raises:
+          CheckpointError: If the step is not complete.
+        """
+        try:
+            manifest = (self._path(step) / integrity.MANIFEST).read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path(step)} is not complete: {error}"
+            ) from error
+        return hashlib.sha256(manifest).hexdigest()
 
     def save(
         self, step: int, state: TrainState, *, metrics: Mapping[str, float] | None

@@ -70,7 +70,7 @@ def case(
         reconstruction=None if reconstruction is None else reconstruction[..., 0],
         anomaly_map=export.shown(arrays),
         found=nothing if rule is None else scored.segmentations[rule],
-        lesion=arrays.lesion if result.annotated else None,
+        lesion=arrays.lesion if result.annotated and not result.sham else None,
         brain=arrays.brain,
         geometry=result.info.geometry,
     )

@@ -23,6 +23,7 @@ from uad_jax import (
 )
 from uad_jax import mesh as mesh_lib
 from uad_jax import results as results_lib
+from uad_jax import workdir as workdir_lib
 from uad_jax.calibrating import Calibrations
 from uad_jax.config import ExperimentConfig
 from uad_jax.data.sources import VolumeInfo
@@ -64,7 +65,8 @@ def evaluate(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     with saved_run.opened(config, workdir, mesh) as run:
         step = run.default_step() if step is None else step
-        found = evaluation.contexts(config, workdir, step, mesh, progress)
+        identity = run.identity(step)
+        found = evaluation.contexts(config, workdir, step, mesh, progress, identity)
         model = model_scorer(run, step, program(run, mesh))
         results = {}
         for context in found:
@@ -98,18 +100,24 @@ def model_scorer(
 def figures_of_step(
     config: ExperimentConfig, workdir: pathlib.Path, step: int
 ) -> dict[str, float]:
-    """Evaluates a checkpoint while training goes on.
+    """Evaluates a checkpoint while training goes on; writes no results.
 
     Returns:
       The model's own figures, "SET/METRIC" -> value, those that are defined.
     """
-    results = evaluate(config, workdir, step=step, progress=False)
-    return {
-        f"{name}/{metric}": float(value)
-        for name, result in results.items()
-        for metric, value in result["scorers"][config.name].items()
-        if isinstance(value, float) and math.isfinite(value)
-    }
+    mesh = mesh_lib.make_mesh()
+    figures = {}
+    with saved_run.opened(config, workdir, mesh) as run:
+        identity = run.identity(step)
+        scorer = model_scorer(run, step, program(run, mesh))
+        for context in evaluation.contexts(
+            config, workdir, step, mesh, False, identity
+        ):
+            found = evaluate_set(context, scorer(context), alone=True)
+            for metric, value in found["scorers"][config.name].items():
+                if isinstance(value, float) and math.isfinite(value):
+                    figures[f"{context.name}/{metric}"] = value
+    return figures
 
 
 def calibrate(
@@ -138,9 +146,12 @@ def calibrate(
             return False
         step = run.default_step()
         scorer = model_scorer(run, step, compiled)
-        for context in evaluation.contexts(config, workdir, step, mesh, progress):
-            if context.calibration_path(Stage.PROCESSED).exists():
-                continue  # of this very step: fixed before, perhaps with baselines
+        identity = run.identity(step)
+        for context in evaluation.contexts(
+            config, workdir, step, mesh, progress, identity
+        ):
+            if calibrating.is_current(context, Stage.PROCESSED):
+                continue  # fixed before, perhaps with baselines
             if not calibrating.calibrate(context, [scorer(context)]):
                 return False
     return True
@@ -167,13 +178,18 @@ def evaluate_set(
     test = _checked(context)
     stages = (Stage.PROCESSED,) if alone else tuple(Stage)
     scorers = [scorer] if alone else [scorer, *_baselines(context)]
-    calibrations = calibrating.calibrate(context, scorers, stages)
+    _refuse_one_name(scorers)
+    calibrations = calibrating.calibrate(context, scorers, stages, exported=not alone)
     watch["calibrate"] = time.monotonic()
     scales = calibrating.scales(context, calibrations, scorer.name)
-    found = _score(context, scorers, test, scales, stages, alone)
+    exact = _fits(context, test, scorers, stages)
+    if not scales and not exact:
+        scales = calibrating.edges_only(context, scorers, test, stages)
+    found = _score(context, scorers, test, scales, stages, exact, alone)
     watch["score"] = time.monotonic()
+    run = results_lib.run_facts(context)
     results = {
-        "run": results_lib.run_facts(context),
+        "run": run,
         "set": results_lib.set_facts(context, found[Stage.PROCESSED][scorer.name]),
         "operating": calibrating.operating(context, scales, scorer.name),
         "thresholds": results_lib.threshold_rows(context, calibrations, scorer.name),
@@ -182,6 +198,7 @@ def evaluate_set(
             group_by=evaluation.GROUP_BY,
             num_samples=context.settings.bootstrap_samples,
             rule=calibrating.operating(context, scales, scorer.name)["rule"],
+            undertrained=bool(run["training"] and run["training"]["undertrained"]),
         ),
     }
     watch["summarize"] = time.monotonic()
@@ -211,25 +228,61 @@ def _checked(context: Context) -> list[VolumeInfo]:
     test = context.test
     if not test:
         raise ValueError(
-            f"Set {context.name!r}: the store has no {context.evaluation_set.split} "
-            "volumes. Give the manifest a `split` column, or choose another split."
+            evaluation.no_volumes(context.name, context.evaluation_set.split)
         )
-    _check_unseen(context, test)
+    if context.evaluation_set.split != "train":
+        _check_unseen(context, test)
     return test
 
 
 def _check_unseen(context: Context, test: Sequence[VolumeInfo]) -> None:
-    """Within one store prepare has checked this; a set's own store is new here."""
-    if not context.evaluation_set.store or context.evaluation_set.split == "train":
-        return
-    trained = {info.content for info in context.select(context.training_store, "train")}
-    seen = [info.subject for info in test if info.content in trained]
-    if seen:
-        raise ValueError(
-            f"Set {context.name!r}: {len(seen)} of {len(test)} scans are among those "
-            f"that the model was trained on ({', '.join(seen[:5])}). Take them out of "
-            "the manifest and prepare the store again."
+    """Refuses scans that chose the parameters, the checkpoint or the threshold."""
+    store = context.training_store
+    known = {"trained on": {info.content for info in context.select(store, "train")}}
+    note = context.workdir / workdir_lib.FINGERPRINT
+    if context.config is not None and note.is_file():
+        known["trained on"] |= set(workdir_lib.read_json(note)["subjects"].values())
+    if context.evaluation_set.store:
+        known["validated on"] = {info.content for info in context.select(store, "val")}
+    for what, contents in known.items():
+        seen = [info.subject for info in test if info.content in contents]
+        if seen:
+            raise ValueError(
+                f"Set {context.name!r}: {len(seen)} of {len(test)} scans are among "
+                f"those that the model was {what} ({', '.join(seen[:5])}). Take them "
+                "out of the manifest and prepare the store again."
+            )
+    patients = {info.patient for info in context.select(store, "train")}
+    shared = sorted({info.patient for info in test} & patients)
+    if shared:
+        logging.warning(
+            "Set %s: %d patients have the names of training patients (%s). If they "
+            "are the same people, the figures are too good.",
+            context.name,
+            len(shared),
+            ", ".join(shared[:5]),
         )
+
+
+def _refuse_one_name(scorers: Sequence[Scorer]) -> None:
+    """Results are kept by name."""
+    first, *others = [one.name for one in scorers]
+    if first in others:
+        raise ValueError(
+            f"What is evaluated is called {first!r}, like one of the baselines. Give "
+            "the run (config.name) or the folder of maps another name."
+        )
+
+
+def _fits(
+    context: Context,
+    test: Sequence[VolumeInfo],
+    scorers: Sequence[Scorer],
+    stages: Sequence[Stage],
+) -> bool:
+    """Whether all scores of the set may be held in memory."""
+    brain = sum(sum(info.brain_voxels) for info in test)
+    return brain * len(scorers) * len(stages) <= context.settings.exact_voxels
 
 
 def _baselines(context: Context) -> list[Scorer]:
@@ -238,7 +291,14 @@ def _baselines(context: Context) -> list[Scorer]:
     store = context.training_store
     healthy = calibrating.healthy(context.select(store, "train"))
     functions: dict[str, scoring.Baseline] = dict(baselines.UNFITTED)
-    if len(healthy) >= baselines.ATLAS_VOLUMES:
+    scored = [*context.test, *calibrating.volumes(context)]
+    depths = {info.depth for info in [*healthy, *scored]}
+    if len(depths) > 1:
+        logging.warning(
+            "The volumes have %s slices: without one grid there is no atlas-z.",
+            " or ".join(map(str, sorted(depths))),
+        )
+    elif len(healthy) >= baselines.ATLAS_VOLUMES:
         atlas = baselines.fit_atlas(evaluation.images(context, store, healthy))
         functions["atlas-z"] = functools.partial(baselines.atlas_z, atlas)
     else:
@@ -261,14 +321,13 @@ def _score(
     test: Sequence[VolumeInfo],
     scales: Scales,
     stages: Sequence[Stage],
+    exact: bool,
     alone: bool,
 ) -> dict[Stage, dict[str, list[VolumeResult]]]:
     """Scores the set: stage -> scorer -> results; writes segmentations and maps."""
     found: dict[Stage, dict[str, list[VolumeResult]]] = {
         stage: {one.name: [] for one in scorers} for stage in stages
     }
-    brain = sum(sum(info.brain_voxels) for info in test)
-    exact = brain * len(scorers) * len(stages) <= context.settings.exact_voxels
     scored = evaluation.score(
         context,
         scorers,
@@ -277,14 +336,14 @@ def _score(
         scales,
         "Testing",
         stages=stages,
-        voxels=exact or (scorers[0].name, Stage.PROCESSED) not in scales,
+        voxels=exact,
     )
     operating = calibrating.operating(context, scales, scorers[0].name)
     with contextlib.ExitStack() as stack:
         writer = None
         if not alone and operating["rule"] is not None:
             facts = results_lib.segmentation_facts(context, test, operating)
-            path = context.workdir / "results" / f"{context.name}_found.npz"
+            path = results_lib.staged_segmentations(context)
             writer = stack.enter_context(segmentations.create(path, facts))
         for one in scored:
             for stage, result in one.results.items():

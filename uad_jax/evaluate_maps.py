@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from uad_jax import calibrating, evaluate, evaluation, maps
+from uad_jax import calibrating, evaluate, evaluation, maps, train
 from uad_jax import mesh as mesh_lib
 from uad_jax.config import EvaluationConfig, EvaluationSet
 from uad_jax.data.config import DataConfig
@@ -51,6 +51,12 @@ def evaluate_maps(
     Raises:
       ValueError: Lists every map that is missing or cannot be used.
     """
+    evaluation.refuse_several_processes()
+    if (workdir / "config.json").exists() or (workdir / train.CHECKPOINTS).exists():
+        raise ValueError(
+            f"{workdir} is the directory of a run, whose results and report would be "
+            "overwritten. Give maps a --workdir of their own."
+        )
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     opened = Store.open(store)
     chosen = evaluation_set or EvaluationSet()
@@ -70,7 +76,16 @@ def evaluate_maps(
     infos = list(context.test)
     validation = calibrating.volumes(context)
     others = [info.subject for info in opened.volumes]
-    if maps.available(folder, validation, others):
+    there = maps.available(folder, validation, others)
+    if there and len(there) < len(validation):
+        lacking = sorted({x.subject for x in validation} - {x.subject for x in there})
+        raise ValueError(
+            f"{folder} has maps of {len(there)} of {len(validation)} validation scans, "
+            "which thresholds are made from; there is none of "
+            f"{', '.join(lacking[:9])}. Give all of them, or none: then there are no "
+            "thresholds."
+        )
+    if there:
         infos += [info for info in validation if info not in infos]
     else:
         logging.warning(

@@ -47,6 +47,7 @@ class Context:
       mesh: Devices.
       progress: Whether to show progress bars.
       config: The run's config; None for maps made elsewhere.
+      checkpoint: Hash of the checkpoint; "" for maps made elsewhere.
       validation: Whether validation scans can be scored, for thresholds.
     """
 
@@ -62,6 +63,7 @@ class Context:
     mesh: jax.sharding.Mesh
     progress: bool
     config: ExperimentConfig | None = None
+    checkpoint: str = ""
     validation: bool = True
 
     def select(self, store: Store, split: str) -> list[VolumeInfo]:
@@ -77,7 +79,7 @@ class Context:
         """The thresholds' file; a set with its own store has its own."""
         protocol = self.evaluation_set.protocol.value
         if stage is Stage.UNPROCESSED:
-            protocol += "_unprocessed"
+            protocol = f"unprocessed/{protocol}"
         own = self.name if self.evaluation_set.store else ""
         return calibration.file_path(self.workdir, self.step, protocol, own)
 
@@ -87,7 +89,7 @@ class Context:
             f"{info.subject} {info.patient} {info.label} {info.content}"
             for info in infos
         )
-        lines += [self.evaluation_set.protocol.value, self.data.modalities]
+        lines.append(self.evaluation_set.protocol.value)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -96,9 +98,45 @@ def sets(config: ExperimentConfig) -> dict[str, EvaluationSet]:
     return config.evaluation.sets or {DEFAULT_SET: EvaluationSet()}
 
 
-def set_of_store(store: str) -> dict[str, EvaluationSet]:
-    """The test split of another store as the only set, named after its folder."""
-    return {pathlib.Path(store).resolve().name: EvaluationSet(store=store)}
+def sets_of_stores(
+    config: ExperimentConfig, stores: Sequence[str]
+) -> dict[str, EvaluationSet]:
+    """The test splits of other stores, named after their folders.
+
+    Protocol and rule are those of the config's first set. A name that is taken gets
+    the parent folder before it, so that no results are overwritten.
+    """
+    first = next(iter(sets(config).values()))
+    found: dict[str, EvaluationSet] = {}
+    for store in stores:
+        path = pathlib.Path(store).resolve()
+        taken = {**sets(config), **found}
+        name = path.name
+        if name in taken and taken[name].store != store:
+            name = f"{path.parent.name}_{name}"
+        found[name] = dataclasses.replace(first, store=store, split="test")
+    return found
+
+
+def check_sets(config: ExperimentConfig) -> None:
+    """Makes sure that every configured set can be evaluated, before training.
+
+    Raises:
+      ValueError: If a store does not fit, or a set is empty.
+    """
+    own = Store.open(pathlib.Path(config.data.store))
+    for name, chosen in sets(config).items():
+        store = _open_store(config, own, chosen)
+        if not pipeline.select(store, config.data, chosen.split):
+            raise ValueError(no_volumes(name, chosen.split))
+
+
+def no_volumes(name: str, split: str) -> str:
+    """Says that a set is empty."""
+    return (
+        f"Set {name!r}: the store has no {split} volumes. Give the manifest a `split` "
+        "column, or choose another split."
+    )
 
 
 def refuse_several_processes() -> None:
@@ -120,6 +158,7 @@ def contexts(
     step: int,
     mesh: jax.sharding.Mesh,
     progress: bool,
+    checkpoint: str = "",
 ) -> list[Context]:
     """Opens every set of a run.
 
@@ -146,6 +185,7 @@ def contexts(
             mesh=mesh,
             progress=progress,
             config=config,
+            checkpoint=checkpoint,
         )
         for name, evaluation_set in sets(config).items()
     ]

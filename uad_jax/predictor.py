@@ -95,7 +95,7 @@ def restore(
     name, chosen = _evaluation_set(config)
     with saved_run.opened(config, workdir, mesh) as run:
         step = run.default_step() if step is None else step
-        model = run.model(step)
+        model, identity = run.model(step), run.identity(step)
         compiled = scoring.program(config.name, run.method, mesh)
         scorer = scoring.method_scorer(
             config.name,
@@ -105,7 +105,7 @@ def restore(
             jax.random.key(config.seed),
             chosen.protocol,
         )
-    calibrated = _calibrated(config, workdir, step, name, chosen)
+    calibrated = _calibrated(config, workdir, step, name, chosen, identity)
     profiles = known["profiles"].items()
     return Predictor(
         config=config,
@@ -175,6 +175,7 @@ def _calibrated(
     step: int,
     name: str,
     chosen: EvaluationSet,
+    identity: str,
 ) -> Calibration:
     """The stored calibration of a checkpoint.
 
@@ -183,7 +184,14 @@ def _calibrated(
     """
     own = name if chosen.store else ""
     path = calibration.file_path(workdir, step, chosen.protocol.value, own)
-    entries = calibration.load(path) if path.is_file() else {}
+    entries = {}
+    if path.is_file():
+        entries = calibration.load(path)
+        if calibration.load_origin(path).get("checkpoint") != identity:
+            raise ValueError(
+                f"{path} holds the thresholds of another checkpoint of step {step}. "
+                f"`run.py evaluate --workdir={workdir} --step={step}` makes them anew."
+            )
     if config.name not in entries:
         raise ValueError(
             f"{path} holds no threshold for {config.name}, so nothing can be called "

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,6 +64,11 @@ def run_facts(context: Context) -> dict[str, Any]:
         "config": without_folders(config_lib.to_dict(config)),
         "training": training_state.training_state(config, context.step, lines),
     }
+
+
+def staged_segmentations(context: Context) -> pathlib.Path:
+    """Where segmentations wait until the whole evaluation is done."""
+    return context.workdir / "results" / f".{context.name}_found.npz"
 
 
 def segmentation_facts(
@@ -156,6 +162,8 @@ def write(
 ) -> None:
     """Writes `results/<set>.json`, `results/<set>_subjects.csv` and the report.
 
+    The JSON file is there only while all others are of the same evaluation.
+
     Args:
       context: The evaluation.
       results: The content of the JSON file.
@@ -164,9 +172,16 @@ def write(
       drawn: Figure -> PNG.
     """
     folder = context.workdir / "results"
-    workdir_lib.write_json(folder / f"{context.name}.json", without_nan(results))
+    summary_path = folder / f"{context.name}.json"
+    summary_path.unlink(missing_ok=True)  # from here on the files are of two kinds
+    staged = staged_segmentations(context)
+    if staged.exists():
+        staged.replace(folder / f"{context.name}_found.npz")
+    else:
+        (folder / f"{context.name}_found.npz").unlink(missing_ok=True)
     rows = subject_rows(found[Stage.PROCESSED], context.scorer, calibrated)
     write_table(folder / f"{context.name}_subjects.csv", rows)
+    workdir_lib.write_json(summary_path, without_nan(results))
     own = context.name == evaluation.DEFAULT_SET
     page = "report.html" if own else f"report_{context.name}.html"
     own_rows = [row for row in rows if row["scorer"] == context.scorer]
@@ -202,7 +217,7 @@ def write_table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows as CSV, atomically; a field that a row lacks stays empty."""
     fields = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".csv.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, fieldnames=fields, restval="")
         table.writeheader()

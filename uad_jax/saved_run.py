@@ -60,6 +60,10 @@ class SavedRun:
             )
         return step
 
+    def identity(self, step: int) -> str:
+        """Hash of a checkpoint; see `checkpoint.Checkpoints.identity`."""
+        return self._checkpoints.identity(step)
+
     def model(self, step: int) -> ModelState:
         """Restores the model of one checkpoint for evaluation, EMA where there is one.
 

@@ -26,6 +26,7 @@ def summarize(
     group_by: str,
     num_samples: int,
     rule: str | None,
+    undertrained: bool = False,
 ) -> dict[str, Any]:
     """Makes the tables of one evaluation.
 
@@ -35,6 +36,7 @@ def summarize(
       group_by: Extra column of the manifest that splits the table.
       num_samples: Bootstrap resamplings of the patients.
       rule: Of the operating threshold; None without thresholds.
+      undertrained: Whether the run saw too little to support a claim.
 
     Returns:
       "scorers", "unprocessed", "pooled", "groups", "cases", "comparison", "verdict",
@@ -50,7 +52,7 @@ def summarize(
         "groups": _groups(processed, group_by, rule),
         "cases": verdict.cases(processed),
         "comparison": comparison,
-        "verdict": verdict.sentence(comparison),
+        "verdict": verdict.sentence(comparison, undertrained=undertrained),
         "sham": verdict.sham(processed, num_samples),
         "healthy_reconstruction": _healthy_reconstruction(model),
         "counts": _counts(model, rule),
@@ -107,7 +109,8 @@ def metrics(
         row |= _load_strata(lesions, rule)
     for name in results[0].found if results else ():
         row |= _threshold_metrics(results, lesions, name, name == rule, num_samples)
-    known = [one for one in results if one.annotated]
+    # In an abnormal volume with an empty mask no slice is known to be healthy.
+    known = [one for one in results if one.annotated and one.abnormal <= one.has_lesion]
     nothing = np.zeros(0, np.float32)  # concatenate needs an array
     row["slice_auroc"] = voxel.label_auroc(
         np.concatenate([nothing, *(one.slice_score for one in known)]),
@@ -132,7 +135,7 @@ def _voxel_metrics(lesions: Sequence[VolumeResult], num_samples: int) -> dict[st
     }
     if not num_samples or _too_few(lesions):
         return row
-    row["ap_volume_mean_interval"] = _interval(
+    row["ap_volume_mean_interval"] = verdict.interval(
         lesions, [one.ap for one in lesions], num_samples
     )
     histograms = [(one.bins, one.outside) for one in lesions if one.bins is not None]
@@ -220,7 +223,7 @@ def _threshold_metrics(
         values = [one.dice(rule) for one in lesions]
         row[f"dice_{rule}_volume_mean"] = _mean(values)
         if num_samples and not _too_few(lesions):
-            interval = _interval(lesions, values, num_samples)
+            interval = verdict.interval(lesions, values, num_samples)
             row[f"dice_{rule}_volume_mean_interval"] = interval
         pooled = voxel.Confusion(
             *np.sum([one.found[rule].counts for one in lesions], axis=0).tolist()
@@ -255,16 +258,7 @@ def _lesion_metrics(
 
 
 def _too_few(lesions: Sequence[VolumeResult]) -> bool:
-    patients = {one.info.patient for one in lesions}
-    return len(patients) < verdict.MIN_PATIENTS_TO_RANK
-
-
-def _interval(
-    lesions: Sequence[VolumeResult], values: Sequence[float], num_samples: int
-) -> list[float]:
-    by_patient = verdict.by_patient(lesions, values)
-    interval = statistics.bootstrap_mean(by_patient, num_samples=num_samples)
-    return [interval.low, interval.high]
+    return verdict.num_patients(lesions) < verdict.MIN_PATIENTS_TO_RANK
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,16 +14,21 @@ MIN_PATIENTS_TO_RANK = 5  # fewer: no interval, no ranking
 Results = Mapping[str, Sequence[VolumeResult]]
 
 
-def by_patient(
-    results: Sequence[VolumeResult], values: Sequence[float]
-) -> dict[str, float]:
-    """Averages values of volumes over their patients, the statistical unit."""
-    named = {
-        one.info.subject: value for one, value in zip(results, values, strict=True)
-    }
-    return statistics.by_unit(
-        named, {one.info.subject: one.info.patient for one in results}
+def interval(
+    results: Sequence[VolumeResult], values: Sequence[float], num_samples: int
+) -> list[float]:
+    """Interval of the mean over volumes; patients, the statistical unit, are drawn."""
+    found = statistics.bootstrap_volumes(
+        {one.info.subject: value for one, value in zip(results, values, strict=True)},
+        {one.info.subject: one.info.patient for one in results},
+        num_samples=num_samples,
     )
+    return [found.low, found.high]
+
+
+def num_patients(results: Sequence[VolumeResult]) -> int:
+    """How many patients the volumes are of."""
+    return len({one.info.patient for one in results})
 
 
 def _lesions(results: Sequence[VolumeResult]) -> list[VolumeResult]:
@@ -35,35 +40,46 @@ def cases(found: Results) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for name, results in found.items():
         lesions = _lesions(results)
-        if len({one.info.patient for one in lesions}) < MIN_PATIENTS_TO_RANK:
+        if num_patients(lesions) < MIN_PATIENTS_TO_RANK:
             for one in lesions:
                 rows.setdefault(one.info.subject, {})[name] = one.ap
     return rows
 
 
 def compare(found: Results, num_samples: int) -> dict[str, Any]:
-    """The model's AP against the best baseline's, paired by patient."""
-    values = {
-        name: by_patient(_lesions(results), [one.ap for one in _lesions(results)])
-        for name, results in found.items()
-    }
-    (model, own), *others = values.items()
-    if not others or len(own) < MIN_PATIENTS_TO_RANK:
-        return {"num_patients": len(own)}
-    best, baseline = max(others, key=lambda item: np.mean(list(item[1].values())))
-    difference = statistics.paired_bootstrap(own, baseline, num_samples=num_samples)
+    """The model's AP against the best baseline's, paired by volume."""
+    lesions = {name: _lesions(results) for name, results in found.items()}
+    model, *others = lesions
+    own = lesions[model]
+    if not others or num_patients(own) < MIN_PATIENTS_TO_RANK:
+        return {"num_patients": num_patients(own)}
+    precisions = {name: np.array([x.ap for x in one]) for name, one in lesions.items()}
+    best = max(others, key=lambda name: precisions[name].mean())
+    gaps = precisions[model] - precisions[best]
     return {
-        "num_patients": len(own),
-        "num_volumes": len(_lesions(found[model])),
+        "num_patients": num_patients(own),
+        "num_volumes": len(own),
         "model": model,
         "best_baseline": best,
-        "ap_volume_mean_difference": difference.estimate,
-        "interval": [difference.low, difference.high],
+        "ap_volume_mean_difference": float(gaps.mean()),
+        "interval": interval(own, gaps.tolist(), num_samples),
     }
 
 
-def sentence(comparison: Mapping[str, Any]) -> str:
-    """Puts a comparison into words, no stronger than the numbers allow."""
+def sentence(comparison: Mapping[str, Any], *, undertrained: bool = False) -> str:
+    """Puts a comparison into words, no stronger than the numbers allow.
+
+    Args:
+      comparison: From `compare`.
+      undertrained: Whether the run saw too little to support a claim.
+    """
+    text = _compared(comparison)
+    if undertrained and "interval" in comparison:
+        text += " It is undertrained, so this says nothing about the method."
+    return text
+
+
+def _compared(comparison: Mapping[str, Any]) -> str:
     count = comparison["num_patients"]
     if not count:
         return "No annotated lesions: there are no voxel figures."
@@ -118,16 +134,16 @@ def sham(found: Results, num_samples: int) -> dict[str, dict[str, Any]]:
             continue
         real = [one.mean_inside for one, _ in pairs]
         fake = [one.mean_inside for _, one in pairs]
-        gaps = by_patient([one for one, _ in pairs], np.subtract(real, fake).tolist())
-        interval = None
-        if len(gaps) >= MIN_PATIENTS_TO_RANK:
-            bounds = statistics.bootstrap_mean(gaps, num_samples=num_samples)
-            interval = [bounds.low, bounds.high]
+        implants = [one for one, _ in pairs]
+        gaps = np.subtract(real, fake)
+        bounds = None
+        if num_patients(implants) >= MIN_PATIENTS_TO_RANK:
+            bounds = interval(implants, gaps.tolist(), num_samples)
         table[name] = {
             "num_pairs": len(pairs),
             "implant_mean": float(np.mean(real)),
             "sham_mean": float(np.mean(fake)),
-            "implant_minus_sham": float(np.mean(np.subtract(real, fake))),
-            "interval": interval,
+            "implant_minus_sham": float(gaps.mean()),
+            "interval": bounds,
         }
     return table

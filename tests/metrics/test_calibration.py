@@ -120,6 +120,10 @@ def test_a_file_gives_back_the_same_calibration(tmp_path: pathlib.Path) -> None:
     entries = {"model": _calibration(), "raw": _calibration(0)}
     calibration.save(path, entries)
     assert calibration.load(path) == entries
+    assert calibration.load_origin(path) == {}
+    calibration.save(path, entries, {"checkpoint": "abc"})
+    assert calibration.load(path) == entries
+    assert calibration.load_origin(path) == {"checkpoint": "abc"}
     assert [file.name for file in path.parent.iterdir()] == ["behrendt.json"]
 
 
@@ -135,6 +139,6 @@ def test_a_changed_or_torn_file_is_refused(tmp_path: pathlib.Path) -> None:
     path.write_text(text[: len(text) // 2])
     with pytest.raises(calibration.CalibrationError, match="not a whole"):
         calibration.load(path)
-    path.write_text(text.replace('"version": 1', '"version": 0'))
+    path.write_text(text.replace('"version": 2', '"version": 0'))
     with pytest.raises(calibration.CalibrationError, match="version 0"):
         calibration.load(path)

@@ -254,3 +254,33 @@ def test_fault_D10_unequal_numbers_of_histograms_are_an_error() -> None:
         statistics.paired_bootstrap_histograms(
             accumulators.auroc, _histograms(3), _histograms(4)
         )
+
+
+def test_resampling_units_equals_a_loop_over_their_volumes() -> None:
+    rng = np.random.default_rng()
+    names = [f"v{n}" for n in range(17)]
+    units = {name: f"p{rng.integers(5)}" for name in names}
+    values = {name: float(rng.random()) for name in names}
+    found = statistics.bootstrap_volumes(values, units, num_samples=50, seed=3)
+    order = sorted(set(units.values()))
+    means = []
+    for weights in statistics.bootstrap_weights(len(order), 50, 3):
+        drawn = [
+            values[name]
+            for unit, times in zip(order, weights, strict=True)
+            for name in names
+            if units[name] == unit
+            for _ in range(times)
+        ]
+        means.append(np.mean(drawn))
+    assert found.estimate == pytest.approx(np.mean(list(values.values())))
+    assert found.low == pytest.approx(np.percentile(means, 2.5))
+    assert found.high == pytest.approx(np.percentile(means, 97.5))
+    assert found.num_subjects == len(order)
+
+
+def test_with_one_volume_each_units_are_subjects() -> None:
+    values = {f"v{n}": float(n) for n in range(9)} | {"gone": float("nan")}
+    units = {name: name for name in values}
+    one = statistics.bootstrap_volumes(values, units)
+    assert one == statistics.bootstrap_mean(values)

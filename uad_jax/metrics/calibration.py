@@ -18,7 +18,7 @@ from uad_jax.metrics import voxel
 from uad_jax.metrics.voxel import VoxelScores
 
 HEALTHY_RATES = (0.01, 0.05, 0.1)
-_VERSION = 1
+_VERSION = 2
 
 
 class CalibrationError(ValueError):
@@ -198,15 +198,26 @@ def file_path(
     return workdir / "calibration" / folder / f"{protocol}{suffix}.json"
 
 
-def save(path: pathlib.Path, entries: Mapping[str, Calibration]) -> None:
+def save(
+    path: pathlib.Path,
+    entries: Mapping[str, Calibration],
+    origin: Mapping[str, str] | None = None,
+) -> None:
     """Writes the calibrations of one checkpoint under one protocol, atomically.
 
     Args:
-      path: The file, `calibration/<step>/<protocol>.json`.
+      path: The file, see `file_path`.
       entries: Detector -> calibration.
+      origin: What they were made of, such as the hash of the checkpoint.
     """
     plain = {name: _to_plain(entry) for name, entry in entries.items()}
-    content = {"version": _VERSION, "sha256": _digest(plain), "entries": plain}
+    made_of = dict(origin or {})
+    content = {
+        "version": _VERSION,
+        "sha256": _digest([plain, made_of]),
+        "origin": made_of,
+        "entries": plain,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -223,11 +234,20 @@ def load(path: pathlib.Path) -> dict[str, Calibration]:
       FileNotFoundError: If there is no such file.
       CalibrationError: If the file is torn, was edited, or is of another version.
     """
+    return {name: _from_plain(entry) for name, entry in _read(path)["entries"].items()}
+
+
+def load_origin(path: pathlib.Path) -> dict[str, str]:
+    """Reads what the calibrations of a file were made of; see `load`."""
+    return _read(path)["origin"]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
     remedy = "Delete it and run evaluate again."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, digest = content["version"], content["sha256"]
-        plain = content["entries"]
+        signed = [content["entries"], content["origin"]]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CalibrationError(
             f"{path.name} is not a whole calibration file ({error}). {remedy}"
@@ -236,15 +256,15 @@ def load(path: pathlib.Path) -> dict[str, Calibration]:
         raise CalibrationError(
             f"{path.name} has version {version}, expected {_VERSION}. {remedy}"
         )
-    if _digest(plain) != digest:
+    if _digest(signed) != digest:
         raise CalibrationError(
             f"{path.name} does not match its own hash: it was changed after it was "
             f"written. {remedy}"
         )
-    return {name: _from_plain(entry) for name, entry in plain.items()}
+    return content
 
 
-def _digest(plain: Mapping[str, Any]) -> str:
+def _digest(plain: Any) -> str:
     text = json.dumps(plain, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

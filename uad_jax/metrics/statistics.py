@@ -150,6 +150,38 @@ def bootstrap_mean(
     return _interval(float(array.mean()), means, confidence, len(array))
 
 
+def bootstrap_volumes(
+    values: Mapping[str, float],
+    units: Mapping[str, str],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean over volumes when units, usually patients, are resampled.
+
+    Args:
+      values: Volume -> value; NaN where the metric does not exist.
+      units: Volume -> its unit.
+      num_samples: Resamplings.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+
+    Returns:
+      The interval; `num_subjects` counts units with a value.
+    """
+    known = sorted(name for name, value in values.items() if not np.isnan(value))
+    names, rows = np.unique([units[name] for name in known], return_inverse=True)
+    array = np.array([values[name] for name in known], np.float64)
+    if len(names) < 2:
+        estimate = float(array.mean()) if len(array) else float("nan")
+        return Interval(estimate, float("nan"), float("nan"), len(names))
+    sums = np.bincount(rows, weights=array)
+    weights = bootstrap_weights(len(names), num_samples, seed)
+    means = (weights @ sums) / (weights @ np.bincount(rows))
+    return _interval(float(array.mean()), means, confidence, len(names))
+
+
 def bootstrap_histograms(
     metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
     bins: np.ndarray,
