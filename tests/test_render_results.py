@@ -91,7 +91,7 @@ def test_all_baselines_have_a_row_and_the_model_has_one(
 
 
 def test_too_few_subjects_beat_nothing(render: types.ModuleType) -> None:
-    for subjects, said in ((19, "above in 1 of 1"), (4, "too few subjects")):
+    for subjects, said in ((19, "above in 1 of 1"), (4, "too few patients")):
         table = render.detection_tables([_run(0, subjects=subjects)])
         assert said in table
         assert "1 of 1 |" not in table.replace("above in 1 of 1", "")
