@@ -140,6 +140,8 @@ def test_damage_is_a_value_error_and_never_anything_else(protocol: int) -> None:
         (b"\x82\x01.", "no weights need the instruction EXT1"),
         (b"\x97.", "NEXT_BUFFER"),
         (b"K\x01(\x86.", "more from its stack"),
+        (b"K\x01(\x85.", "more from its stack"),
+        (b"ccollections\nOrderedDict\n](K\x01e\x85R.", "damaged"),
         (b"K\x01K\x02\x93.", "other than text"),
         (b".", "damaged"),
         (b"h\x05.", "damaged"),

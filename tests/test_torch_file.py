@@ -59,6 +59,7 @@ def test_tensors_are_views_of_their_storage(
     np.testing.assert_array_equal(found, expected)
     assert found.shape == size
     assert found.dtype == np.float32
+    assert found.flags.c_contiguous
 
 
 @CONTAINERS
@@ -100,6 +101,8 @@ def test_types_are_kept(tmp_path: pathlib.Path, dtype: str) -> None:
         (lambda evil: tensor("0", 24, (evil,), (1,)), "that are no numbers"),
         (lambda evil: tensor("0", 24, (2, -3), (1, 1)), "that are no numbers"),
         (lambda evil: tensor("0", 24, (2,), (1, 1)), "that are no numbers"),
+        (lambda evil: tensor("0", 24, (2,), (-1,), 5), "that are no numbers"),
+        (lambda evil: tensor("0", 24, (2,), (1,), -1), "that are no numbers"),
         (
             lambda evil: Call(Global("torch._utils._rebuild_tensor_v2"), ()),
             "without storage",
