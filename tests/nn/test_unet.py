@@ -177,6 +177,13 @@ def test_computing_blocks_again_changes_no_number() -> None:
     again, same = _filled(**TINY, remat=True)
     assert jax.tree.structure(variables) == jax.tree.structure(same)
 
+    def count(network: unet.UNet) -> int:
+        program = jax.make_jaxpr(network.apply)(variables, _images(), STEPS)
+        return sum("prevent_cse" in eqn.params for eqn in program.eqns)
+
+    assert count(kept) == 0
+    assert count(again) == 4  # three residual blocks and the attention
+
     @functools.partial(jit, static_argnums=0)
     def gradient(network: unet.UNet, variables: Tree) -> tuple:
         def loss(variables: Tree) -> jax.Array:
