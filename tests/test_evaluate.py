@@ -180,6 +180,9 @@ def test_thresholds_follow_the_checkpoint_they_are_of(
     path = run / "calibration" / "2" / "behrendt.json"
     evaluate.evaluate(config, run, mesh=mesh1, progress=False)
     before = calibration.load(path)
+    path.write_text("torn")  # is made again
+    evaluate.evaluate(config, run, mesh=mesh1, progress=False)
+    assert calibration.load(path) == before
     # Trained anew in the same place, from another seed.
     shutil.rmtree(run / "checkpoints")
     (run / "config.json").unlink()

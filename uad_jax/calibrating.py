@@ -76,8 +76,12 @@ def origin(context: Context) -> dict[str, str]:
 
 def is_current(context: Context, stage: Stage) -> bool:
     """Whether the stored thresholds are of this checkpoint and these scans."""
-    path = context.calibration_path(stage)
-    return path.exists() and calibration.load_origin(path) == origin(context)
+    try:
+        return calibration.load_origin(context.calibration_path(stage)) == origin(
+            context
+        )
+    except (FileNotFoundError, calibration.CalibrationError):
+        return False
 
 
 def volumes(context: Context) -> list[VolumeInfo]:

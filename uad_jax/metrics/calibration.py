@@ -247,7 +247,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, digest = content["version"], content["sha256"]
-        signed = [content["entries"], content["origin"]]
+        signed = [content["entries"], content.get("origin")]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CalibrationError(
             f"{path.name} is not a whole calibration file ({error}). {remedy}"
