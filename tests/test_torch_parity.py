@@ -14,7 +14,7 @@ import pytest
 
 from tests import foreign_states, test_torch_names
 from uad_jax import torch_names, weights
-from uad_jax.nn import resnet, unet
+from uad_jax.nn import resnet, spark, unet
 
 torch = pytest.importorskip("torch", exc_type=ImportError)
 torch_networks = pytest.importorskip("tests.torch_networks")
@@ -128,6 +128,15 @@ def test_training_moves_batch_statistics_as_in_pytorch() -> None:
     )
     ours = 0.9 + (block["var"] - 0.9) * count / (count - 1)
     np.testing.assert_allclose(ours, expected.running_var.numpy(), rtol=1e-4)
+
+
+def test_the_decoder_of_spark_doubles_as_in_pytorch() -> None:
+    theirs = torch.nn.ConvTranspose2d(3, 5, 4, stride=2, padding=1, bias=False)
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 3)).astype(np.float32)
+    kernel = theirs.weight.detach().numpy().transpose(2, 3, 0, 1)
+    out = spark.conv_transpose(jnp.array(x), jnp.array(kernel))
+    expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2)))
+    assert _relative_error(out, expected) <= 1e-6
 
 
 def test_the_stored_outputs_are_those_of_pytorch() -> None:

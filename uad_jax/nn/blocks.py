@@ -96,10 +96,24 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
       [N, 2 H, 2 W, Cout].
     """
-    batch, height, width, channels = x.shape
-    features = kernel.shape[-1]
     taps = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
-    taps = taps.reshape(3, 2, 3, 2, channels, features)[:, ::-1, :, ::-1]
+    taps = taps.reshape(3, 2, 3, 2, *kernel.shape[2:])[:, ::-1, :, ::-1]
+    return double(x, taps)
+
+
+def double(x: jax.Array, taps: jax.Array) -> jax.Array:
+    """A transposed convolution of stride 2 as one convolution and depth-to-space.
+
+    Args:
+      x: [N, H, W, Cin].
+      taps: What output 2 m + phase reads of input m - 1 + offset, [3 offsets, 2
+        phases, 3 offsets, 2 phases, Cin, Cout].
+
+    Returns:
+      [N, 2 H, 2 W, Cout].
+    """
+    batch, height, width, channels = x.shape
+    features = taps.shape[-1]
     taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, channels, 4 * features)
     x = jax.lax.conv_general_dilated(
         x, taps, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

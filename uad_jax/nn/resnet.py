@@ -77,13 +77,13 @@ class ResNet(nn.Module):
         """
         if active is not None:
             _check_active(image.shape, active.shape)
-            image = jnp.where(_mask(image, active), image, 0)
+            image = jnp.where(cells_at(image, active), image, 0)
         settings = (train, active, valid)
         x = _conv(image.astype(self.dtype), self.width, 7, 2, self.dtype, "conv1")
-        x = nn.relu(_norm(x, self.dtype, "bn1", *settings))
+        x = nn.relu(batch_norm(x, self.dtype, "bn1", *settings))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         if active is not None:
-            x = jnp.where(_mask(x, active), x, 0)
+            x = jnp.where(cells_at(x, active), x, 0)
 
         stages = []
         last = sum(self.stage_sizes) - 1
@@ -177,16 +177,16 @@ class Bottleneck(nn.Module):
         dtype = self.dtype
         settings = (train, active, valid)
         h = _conv(x, self.inner, 1, 1, dtype, "conv1")
-        h = nn.relu(_norm(h, dtype, "bn1", *settings))
+        h = nn.relu(batch_norm(h, dtype, "bn1", *settings))
         h = _conv(h, self.inner, 3, self.stride, dtype, "conv2")
-        h = nn.relu(_norm(h, dtype, "bn2", *settings))
+        h = nn.relu(batch_norm(h, dtype, "bn2", *settings))
         h = _conv(h, self.features, 1, 1, dtype, "conv3")
-        h = _norm(h, dtype, "bn3", *settings, zero=True)
+        h = batch_norm(h, dtype, "bn3", *settings, zero=True)
         if kept is not None:
             h = h * kept.astype(h.dtype)
         if x.shape[-1] != self.features or self.stride != 1:
             x = _conv(x, self.features, 1, self.stride, dtype, "downsample_0")
-            x = _norm(x, dtype, "downsample_1", *settings)
+            x = batch_norm(x, dtype, "downsample_1", *settings)
         return nn.relu(x + h)
 
 
@@ -206,8 +206,8 @@ def _check_active(image: tuple[int, ...], active: tuple[int, ...]) -> None:
         )
 
 
-def _mask(x: jax.Array, active: jax.Array) -> jax.Array:
-    """The active cells at the resolution of x, [N, H, W, 1] bool."""
+def cells_at(x: jax.Array, active: jax.Array) -> jax.Array:
+    """Spreads cells [N, h, w] bool to the resolution of x: [N, H, W, 1] bool."""
     factor = x.shape[1] // active.shape[1]
     mask = jnp.repeat(jnp.repeat(active, factor, axis=1), factor, axis=2)
     return mask[..., None]
@@ -239,7 +239,7 @@ def _conv(
     )(x)
 
 
-def _norm(
+def batch_norm(
     x: jax.Array,
     dtype: Any,
     name: str,
@@ -248,8 +248,21 @@ def _norm(
     valid: jax.Array | None,
     zero: bool = False,
 ) -> jax.Array:
-    """Batch normalisation over active positions of valid rows; zero elsewhere."""
-    seen = None if active is None else _mask(x, active)
+    """Batch normalisation inside a compact module, over active positions of valid rows.
+
+    Args:
+      x: [N, H, W, C].
+      dtype: Type of the computation.
+      name: Of the Flax module.
+      train: Whether batch statistics are used and stored.
+      active: Active cells, [N, h, w] bool; None = all.
+      valid: Rows that count, [N] bool; None = all.
+      zero: Whether the scale starts at 0 instead of 1.
+
+    Returns:
+      The shape of x; zero outside the active cells.
+    """
+    seen = None if active is None else cells_at(x, active)
     counted = seen
     if valid is not None:
         rows = valid[:, None, None, None]
