@@ -17,6 +17,7 @@ from uad_jax.metrics.voxel import VoxelScores
 from uad_jax.scoring import Scorer, Stage
 
 Calibrations = Mapping[tuple[str, Stage], Calibration]
+Known = dict[tuple, Calibrations]
 Parts = list[tuple[Store, list[VolumeInfo]]]
 
 
@@ -31,6 +32,7 @@ def calibrate(
     stages: Sequence[Stage] = (Stage.PROCESSED,),
     *,
     exported: bool = False,
+    known: Known | None = None,
 ) -> Calibrations:
     """Calibrates scorers, and writes the files of thresholds.
 
@@ -42,6 +44,7 @@ def calibrate(
       stages: Which maps.
       exported: Whether maps of the validation scans are written too, if the config
         asks for maps.
+      known: Calibrations of sets before this one; the same scans are scored once.
 
     Returns:
       (scorer, stage) -> calibration; empty, with one line that says so, if there are
@@ -53,10 +56,16 @@ def calibrate(
     if not parts[0][1]:
         logging.warning("No healthy validation scans: no thresholds.")
         return {}
+    known = {} if known is None else known
+    first = scorers[0] if exported and context.settings.export_maps else None
+    key = (tuple(one.name for one in scorers), *stages, *origin(context).values())
     entries: dict[tuple[str, Stage], Calibration] = {}
-    for group in _groups(context, scorers, stages, parts):
-        first = scorers[0] if exported and context.settings.export_maps else None
-        entries |= _calibrate(context, group, stages, parts, first)
+    if first is None and key in known:
+        entries |= known[key]
+    else:
+        for group in _groups(context, scorers, stages, parts):
+            entries |= _calibrate(context, group, stages, parts, first)
+        known[key] = entries
     for stage in stages if entries else ():
         path = context.calibration_path(stage)
         chosen = {name: one for (name, at), one in entries.items() if at is stage}

@@ -69,10 +69,11 @@ def evaluate(
         found = evaluation.contexts(config, workdir, step, mesh, progress, identity)
         model = model_scorer(run, step, program(run, mesh))
         results = {}
+        known: calibrating.Known = {}
         for context in found:
             logging.info("Evaluating step %d on %s.", step, context.name)
             scorer = model(context)
-            results[context.name] = evaluate_set(context, scorer)
+            results[context.name] = evaluate_set(context, scorer, known=known)
         return results
 
 
@@ -158,7 +159,11 @@ def calibrate(
 
 
 def evaluate_set(
-    context: Context, scorer: Scorer, *, alone: bool = False
+    context: Context,
+    scorer: Scorer,
+    *,
+    alone: bool = False,
+    known: calibrating.Known | None = None,
 ) -> dict[str, Any]:
     """Evaluates one scorer on one set and writes what it found.
 
@@ -167,6 +172,7 @@ def evaluate_set(
       scorer: The model, or maps made elsewhere.
       alone: Without baselines, unprocessed maps, pictures and files: the figures of
         one of many checkpoints.
+      known: Calibrations of sets before this one, to be shared.
 
     Returns:
       The results, as in the JSON file (where NaN is null).
@@ -179,7 +185,9 @@ def evaluate_set(
     stages = (Stage.PROCESSED,) if alone else tuple(Stage)
     scorers = [scorer] if alone else [scorer, *_baselines(context)]
     _refuse_one_name(scorers)
-    calibrations = calibrating.calibrate(context, scorers, stages, exported=not alone)
+    calibrations = calibrating.calibrate(
+        context, scorers, stages, exported=not alone, known=known
+    )
     watch["calibrate"] = time.monotonic()
     scales = calibrating.scales(context, calibrations, scorer.name)
     exact = _fits(context, test, scorers, stages)
