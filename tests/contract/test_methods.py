@@ -14,10 +14,12 @@ import pytest
 from jax.sharding import Mesh
 
 from configs import smoke
-from uad_jax import checkpoint, optim, types
+from tests import denoisers
+from uad_jax import checkpoint, denoising_config, optim, types
 from uad_jax import mesh as mesh_lib
 from uad_jax.methods import base
 from uad_jax.methods.autoencoder import Variant
+from uad_jax.ops import losses, noise
 
 SIZE = 16
 ROWS = 8
@@ -70,7 +72,37 @@ def _autoencoder(variant: Variant) -> Row:
     )
 
 
+def _diffusion(config: Any, **process: Any) -> Row:
+    """A diffusion method; `process` makes the overfit claim possible.
+
+    Heavily noised slices cannot be told apart, so it trains on lightly noised ones.
+    """
+    changes = {"pixel_loss": losses.PixelLoss.L2, **process}
+    return Row(
+        config=config,
+        overfit={
+            "unet": denoising_config.UNetConfig(
+                width=16, multipliers=(1,), num_blocks=0, head_size=16
+            ),
+            "process": dataclasses.replace(config.process, **changes),
+            "ema_decay": 0.0,
+            "optimizer": optim.OptimizerConfig(
+                learning_rate=5e-3, schedule=optim.Schedule.COSINE
+            ),
+        },
+        reconstruction="loss",
+        float_fields={
+            "optimizer.learning_rate": (1e-3, 3e-3),
+            "optimizer.clip_norm": (config.optimizer.clip_norm, 0.1),
+            "ema_decay": (0.9, 0.5),
+        },
+    )
+
+
 TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
+TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
+TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
+TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)
 every_method = pytest.mark.parametrize("name", list(TABLE))
 
 

@@ -1,0 +1,85 @@
+"""Tiny diffusion methods for tests."""
+
+import jax
+import jax.numpy as jnp
+
+from uad_jax import denoising_config, optim, types
+from uad_jax.methods import ddpm, pddpm
+from uad_jax.ops import diffusion, losses, noise, residuals
+
+SIZE = 16
+
+
+def unet() -> denoising_config.UNetConfig:
+    """A network of one level that compiles in seconds."""
+    return denoising_config.UNetConfig(
+        width=8, multipliers=(1,), num_blocks=0, head_size=8
+    )
+
+
+def ddpm_config() -> ddpm.DdpmConfig:
+    """One step, Gaussian noise, an ensemble of two, averaged parameters."""
+    return ddpm.DdpmConfig(
+        unet=unet(),
+        process=denoising_config.ProcessConfig(noise=noise.Noise.GAUSSIAN),
+        scoring=denoising_config.ScoringConfig(test_steps=(249, 499)),
+        ema_decay=0.9,
+        optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=100.0),
+    )
+
+
+def anoddpm_config() -> ddpm.DdpmConfig:
+    """A chain of four calls over 20 steps with 3-D simplex noise."""
+    return ddpm.DdpmConfig(
+        unet=unet(),
+        process=denoising_config.ProcessConfig(
+            num_steps=20,
+            schedule=denoising_config.NoiseSchedule.LINEAR,
+            prediction=diffusion.Prediction.EPS,
+            pixel_loss=losses.PixelLoss.L2,
+            noise=noise.Noise.SIMPLEX_3D,
+            train_steps=16,
+        ),
+        scoring=denoising_config.ScoringConfig(
+            test_steps=(4,), residual=residuals.Residual.SQUARED
+        ),
+        way=ddpm.Way.CHAIN,
+        sampler=diffusion.Sampler.DDPM_BETA,
+        chain_calls=4,
+        ema_decay=0.9,
+        optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=1.0),
+    )
+
+
+def pddpm_config() -> pddpm.PddpmConfig:
+    """Four boxes of 8 x 8, simplex noise."""
+    return pddpm.PddpmConfig(
+        unet=unet(),
+        process=denoising_config.ProcessConfig(),
+        patch=8,
+        ema_decay=0.9,
+        optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=100.0),
+    )
+
+
+def batch(rows: int = 4, channels: int = 1) -> types.Batch:
+    """Random slices of different volumes."""
+    shape = (rows, SIZE, SIZE, channels)
+    return types.Batch(
+        image=jax.random.uniform(jax.random.key(0), shape),
+        mask=jnp.ones((rows, SIZE, SIZE, 1), bool),
+        valid=jnp.ones(rows, bool),
+        uid=jnp.arange(rows),
+        slice_index=jnp.arange(rows) + 2,
+    )
+
+
+def volumes(count: int = 2, depth: int = 3) -> types.Volumes:
+    """Random volumes."""
+    shape = (count, depth, SIZE, SIZE, 1)
+    return types.Volumes(
+        image=jax.random.uniform(jax.random.key(1), shape),
+        mask=jnp.ones(shape, bool),
+        valid=jnp.ones((count, depth), bool),
+        uid=jnp.arange(count) + 5,
+    )

@@ -1,0 +1,326 @@
+"""What the diffusion methods share: network, noise, error, score.
+
+Images are about [0, 1] outside and about [-1, 1] where they are noised and denoised.
+Steps are zero-based: t in [0, T).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from uad_jax import optim
+from uad_jax.denoising_config import (
+    Average,
+    ProcessConfig,
+    ScoringConfig,
+    UNetConfig,
+)
+from uad_jax.methods import base
+from uad_jax.nn import unet
+from uad_jax.ops import diffusion, losses, residuals
+from uad_jax.types import (
+    Array,
+    Batch,
+    Key,
+    ModelState,
+    Scalars,
+    Scores,
+    Tree,
+    Volumes,
+)
+
+NETWORK = "denoiser"  # its name in the parameters
+
+
+class MethodConfig(Protocol):
+    """The fields that the configs of all diffusion methods have."""
+
+    unet: UNetConfig
+    process: ProcessConfig
+    scoring: ScoringConfig
+    precision: base.Precision
+    accumulate_steps: int
+    ema_decay: float
+    optimizer: optim.OptimizerConfig
+
+
+def validate(config: MethodConfig) -> None:
+    """Raises ValueError for shared settings that cannot work."""
+    config.unet.validate()
+    config.process.validate()
+    config.scoring.validate(config.process.num_steps)
+    config.optimizer.validate()
+    if config.accumulate_steps < 1:
+        raise ValueError(
+            f"accumulate_steps is {config.accumulate_steps}; use 1 or more."
+        )
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay is {config.ema_decay}; it must lie in [0, 1).")
+
+
+def method(
+    config: MethodConfig,
+    run: base.RunShape,
+    *,
+    init_model: Callable[..., ModelState],
+    loss: Callable[..., tuple[Array, tuple[dict[str, Tree], Scalars]]],
+    reconstruct_slices: Callable[..., Array],
+    reconstruct: Callable[..., Array],
+) -> base.Method:
+    """Puts a diffusion method together; its functions take the config first.
+
+    Args:
+      config: The method's config. Float fields may be traced scalars.
+      run: What schedules depend on.
+      init_model: (config, key, batch) -> model.
+      loss: (config, params, collections, batch, key) -> (loss, (collections,
+        scalars)); validation takes it too, with one fixed key.
+      reconstruct_slices: (config, model, image, mask, keys) -> [N, E, H, W, C], as in
+        `scorer`.
+      reconstruct: (config, model, image, mask, key, strength) -> image.
+    """
+    init, update = base.single_optimizer(
+        functools.partial(init_model, config),
+        functools.partial(loss, config),
+        config.optimizer.make(run.total_steps),
+        ema_decay=config.ema_decay,
+        accumulate_steps=config.accumulate_steps,
+    )
+
+    def validation_loss(model: ModelState, batch: Batch, key: Key) -> Scalars:
+        value, (_, scalars) = loss(config, model.params, model.collections, batch, key)
+        return {"loss": value, **scalars}
+
+    return base.Method(
+        inputs=base.Inputs(),
+        init=init,
+        update=update,
+        validate=validation_loss,
+        score=scorer(
+            config.process,
+            config.scoring,
+            functools.partial(reconstruct_slices, config),
+        ),
+        reconstruct=functools.partial(reconstruct, config),
+    )
+
+
+def network(
+    config: MethodConfig, shape: tuple[int, ...], conditional: bool = False
+) -> unet.UNet:
+    """Builds the denoiser for images [..., H, W, C]."""
+    settings: dict[str, Any] = dataclasses.asdict(config.unet)
+    return unet.UNet(
+        out_channels=shape[-1],
+        conditional=conditional,
+        dtype=jnp.dtype(config.precision.value),
+        **settings,
+    )
+
+
+def init_model(config: MethodConfig, key: Key, batch: Batch) -> ModelState:
+    """Initialises an unconditional denoiser for the batch's image shape.
+
+    Raises:
+      ValueError: If the network cannot halve the image often enough.
+    """
+    shape = batch.image.shape
+    image, t = jnp.zeros((1, *shape[-3:])), jnp.zeros(1, jnp.int32)
+    variables = network(config, shape).init(key, image, t)
+    return ModelState(params={NETWORK: variables["params"]}, collections={})
+
+
+def denoiser(
+    config: MethodConfig, params: dict[str, Tree], shape: tuple[int, ...]
+) -> diffusion.Denoiser:
+    """Binds an unconditional denoiser of images [..., H, W, C] to its parameters."""
+    module = network(config, shape)
+
+    def denoise(xt: Array, t: Array) -> Any:
+        return module.apply({"params": params[NETWORK]}, xt, t)
+
+    return denoise
+
+
+def to_signed(image: Array) -> Array:
+    """Maps about [0, 1] to about [-1, 1]."""
+    return 2.0 * image.astype(jnp.float32) - 1.0
+
+
+def from_signed(x0: Array) -> Array:
+    """Inverts `to_signed`."""
+    return 0.5 * (x0 + 1.0)
+
+
+class Noised(NamedTuple):
+    """A training example, made by the keys of its rows.
+
+    Attributes:
+      x0: Clean images, [N, H, W, C] in about [-1, 1].
+      xt: Images at step t, [N, H, W, C].
+      t: Steps, [N] int32.
+      target: What the denoiser should predict, [N, H, W, C].
+      keys: For further draws, [N].
+    """
+
+    x0: Array
+    xt: Array
+    t: Array
+    target: Array
+    keys: Array
+
+
+def noised(process: ProcessConfig, batch: Batch, key: Key) -> Noised:
+    """Noises each row of a batch to a step of its own.
+
+    Step and noise follow from the key, the volume and the slice; shared noise from the
+    key alone.
+    """
+    schedule = process.make_schedule()
+    keys = base.sample_keys(key, batch.uid, batch.slice_index)
+    step_keys, noise_keys, others = (diffusion.fold_in(keys, i) for i in range(3))
+    if process.shared_noise:
+        noise_keys = jax.random.fold_in(key, 1)
+    limit = process.train_steps or process.num_steps
+    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, limit))(step_keys)
+    x0 = to_signed(batch.image)
+    eps = process.make_noise(x0.shape)(noise_keys, t)
+    xt = diffusion.q_sample(schedule, x0, t, eps)
+    target = eps  # from_x0 recovers it to rounding only
+    if process.prediction is not diffusion.Prediction.EPS:
+        target = diffusion.from_x0(schedule, process.prediction, x0, xt, t)
+    return Noised(x0, xt, t, target, others)
+
+
+def row_errors(
+    process: ProcessConfig, prediction: Array, target: Array, inside: Array
+) -> Array:
+    """Mean distance of each row inside its region.
+
+    Args:
+      process: Says which distance.
+      prediction: [N, H, W, C].
+      target: [N, H, W, C].
+      inside: The pixels that count, [N, H, W, 1] bool.
+
+    Returns:
+      [N] float32; 0 where no pixel counts.
+    """
+    terms = losses.pixels(process.pixel_loss, prediction, target).mean(-1)
+    return jax.vmap(losses.mean_over_valid)(terms, inside[..., 0])
+
+
+def noise_steps(
+    process: ProcessConfig,
+    scoring: ScoringConfig,
+    count: int,
+    strength: float | Array | None = None,
+) -> Array:
+    """Steps to which `count` images are noised, [count, E] int32.
+
+    Args:
+      process: The diffusion process.
+      scoring: Its test steps are taken if no strength is given.
+      count: Number of images.
+      strength: Share of the steps in (0, 1], [] or [count]: t is the rounded share of
+        T less 1, at least 0. With T = 1000, 0.5 means t = 499.
+
+    Raises:
+      ValueError: If a strength that is a number is out of range.
+    """
+    if strength is None:
+        steps = jnp.asarray(scoring.test_steps, jnp.int32)[None, :]
+        return jnp.broadcast_to(steps, (count, len(scoring.test_steps)))
+    if isinstance(strength, float | int):
+        steps = jnp.asarray(strength_step(process, strength))
+    else:
+        steps = jnp.round(strength * process.num_steps).astype(jnp.int32) - 1
+        steps = jnp.clip(steps, 0, process.num_steps - 1)
+    return jnp.broadcast_to(steps, (count,))[:, None]
+
+
+def strength_step(process: ProcessConfig, strength: float) -> int:
+    """The step of a strength that is a number; the rule stands in `noise_steps`.
+
+    Raises:
+      ValueError: If it is out of range.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(
+            f"strength is {strength}; it is the noised share of the "
+            f"{process.num_steps} steps and must lie in (0, 1]."
+        )
+    return max(round(strength * process.num_steps) - 1, 0)
+
+
+def image_keys(process: ProcessConfig, key: Key, count: int) -> Array:
+    """Keys of images that have no volume and slice: [count], one for all if shared."""
+    if process.shared_noise:
+        return jnp.broadcast_to(key, (count,))
+    return jax.random.split(key, count)
+
+
+def for_each_step(
+    process: ProcessConfig, image: Array, keys: Array, steps: Array
+) -> tuple[Array, Array, Array]:
+    """Repeats images once for each of their steps, and draws the noise.
+
+    The noise of a step follows from the key and the step, so that an ensemble contains
+    what each of its steps gives alone.
+
+    Args:
+      process: The diffusion process.
+      image: [N, H, W, C].
+      keys: [N].
+      steps: [N, E] int32.
+
+    Returns:
+      Images [N * E, H, W, C], steps [N * E] and noise [N * E, H, W, C], image by image.
+    """
+    ensemble = steps.shape[1]
+    t = steps.reshape(-1)
+    keys = jax.vmap(jax.random.fold_in)(jnp.repeat(keys, ensemble), t)
+    eps = process.make_noise(image.shape)(keys, t)
+    return jnp.repeat(image, ensemble, axis=0), t, eps
+
+
+def scorer(
+    process: ProcessConfig,
+    scoring: ScoringConfig,
+    reconstruct_slices: Callable[[ModelState, Array, Array, Array], Array],
+) -> Callable[[ModelState, Volumes, Key], Scores]:
+    """Builds the `score` of a method.
+
+    Args:
+      process: Says whether the slices of a volume share their noise.
+      scoring: How reconstructions are compared.
+      reconstruct_slices: (model, image [N, H, W, C], mask [N, H, W, 1], keys [N]) ->
+        reconstructions [N, E, H, W, C], one per test step.
+
+    Returns:
+      (model, volumes, key) -> Scores; the reconstruction is the mean over the ensemble.
+    """
+    lifted = base.over_slices(
+        reconstruct_slices, scoring.chunk, key_per_volume=process.shared_noise
+    )
+
+    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
+        outputs = lifted(model, volumes, key)  # [B, D, E, H, W, C]
+        mean = outputs.mean(axis=2)
+
+        def compare(output: Array) -> Array:
+            return residuals.anomaly_map(
+                scoring.residual, volumes.image, output, volumes.valid
+            )
+
+        if scoring.average is Average.MAPS:
+            anomaly_map = jax.vmap(compare, in_axes=2)(outputs).mean(axis=0)
+        else:
+            anomaly_map = compare(mean)
+        return base.summarise(anomaly_map, mean, volumes)
+
+    return score
