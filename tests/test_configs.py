@@ -2,16 +2,20 @@ import ast
 import dataclasses
 import enum
 import importlib
+import json
 import pathlib
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from configs import _parts, smoke
 from uad_jax import config as config_lib
+from uad_jax import denoising
 from uad_jax.data import config as data_config
 from uad_jax.methods.autoencoder import Variant
 
@@ -27,7 +31,9 @@ ARGUMENTS = {
         for variant in ("", "variant=ae", "variant=ae_spatial", "variant=vae")
         for word in ("", "paper", "cpu")
     ],
+    "ddpm": ["", "paper", "cpu", "anoddpm", "anoddpm,paper", "anoddpm,cpu"],
     "demo": ["", "quick"],
+    "pddpm": ["", "paper", "cpu"],
     "smoke": ["", "variant=ae", "variant=ae_spatial", "variant=vae"],
 }
 EXPERIMENTS = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
@@ -74,8 +80,58 @@ def test_paper_settings_are_those_of_the_released_code() -> None:
         assert (method.pixel_loss.value, method.kl_weight) == ("l1", 1.0)
 
 
+def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
+    for name, film in (("ddpm", False), ("pddpm", True)):
+        config = _config(name, "paper")
+        method: Any = config.method
+        assert (config.batch_size, config.total_steps) == (32, 19_200)
+        assert config.batch_size * config.total_steps == config.reference_slices
+        assert method.unet.film is film
+        assert (method.optimizer.learning_rate, method.ema_decay) == (1e-4, 0.0)
+        process = method.process
+        assert (process.shared_noise, process.unit_variance) == (True, False)
+        assert config.data.sampling is data_config.Sampling.ONE_PER_VOLUME
+        assert (process.noise.value, process.prediction.value) == ("simplex", "x0")
+        assert (process.schedule.value, process.pixel_loss.value) == ("cosine", "l1")
+        assert method.scoring.test_steps == (499,)
+        modern: Any = _config(name, "")
+        assert modern.batch_size * modern.total_steps == config.reference_slices
+        assert not modern.method.process.shared_noise
+    ano: Any = _config("ddpm", "anoddpm,paper").method
+    assert (ano.way.value, ano.sampler.value) == ("chain", "ddpm_beta")
+    assert (ano.scoring.test_steps, ano.chain_calls) == ((249,), 0)
+    assert (ano.process.noise.value, ano.process.train_steps) == ("simplex_3d", 800)
+    assert (ano.ema_decay, ano.optimizer.clip_norm) == (0.9999, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "side", "expected"),
+    [
+        ("ddpm", "paper", 96, 34_493_313),
+        ("pddpm", "paper", 96, 37_513_857),
+        ("ddpm", "anoddpm,paper", 256, 130_331_393),
+    ],
+)
+def test_published_diffusion_models_have_their_size(
+    name: str, arg: str, side: int, expected: int
+) -> None:
+    shape = (1, side, side, 1)
+    network = denoising.network(_config(name, arg).method, shape)
+    variables = jax.eval_shape(
+        network.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(1, jnp.int32)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == expected
+
+
+def test_paper_and_cpu_exclude_each_other() -> None:
+    for name in ("autoencoder", "ddpm", "pddpm"):
+        with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
+            _config(name, "paper,cpu")
+
+
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    for name, arg in (("autoencoder", "cpu"), ("demo", ""), ("demo", "quick")):
+    small = [(name, "cpu") for name in ("autoencoder", "ddpm", "pddpm")]
+    for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)
         method: Any = config.method
         assert config.train.steps_per_call == 1
@@ -134,8 +190,10 @@ def test_fault_A32_nonsense_names_no_field() -> None:
     assert message == "Unknown field 'config.qqqq'."
 
 
-def _parsed(*overrides: str) -> config_lib.ExperimentConfig:
-    argv = ["run.py", f"--config={ROOT}/configs/autoencoder.py:cpu", *overrides]
+def _parsed(
+    *overrides: str, config: str = "autoencoder.py:cpu"
+) -> config_lib.ExperimentConfig:
+    argv = ["run.py", f"--config={ROOT}/configs/{config}", *overrides]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file(
         "config", flag_values=values, sys_argv=argv
@@ -165,6 +223,27 @@ def test_fields_are_overridable_from_the_command_line() -> None:
     assert config.data.store == "some/where"
     assert config.evaluation.healthy_fpr == 0.1
     config_lib.validate(config)
+
+
+def test_nested_fields_and_lists_of_steps_are_overridable() -> None:
+    config = _parsed(
+        "--config.method.scoring.test_steps=(249, 499, 749)",
+        "--config.method.unet.multipliers=(1, 2)",
+        "--config.method.process.noise=gaussian",
+        "--config.method.scoring.residual=ssim",
+        "--config.method.patch=60",
+        config="pddpm.py:cpu",
+    )
+    method: Any = config.method
+    assert method.scoring.test_steps == (249, 499, 749)
+    assert method.unet.multipliers == (1, 2)
+    assert method.process.noise.value == "gaussian"
+    assert method.scoring.residual.value == "ssim"
+    assert method.patch == 60
+    config_lib.validate(config)
+    again = _config("pddpm", "cpu")
+    config_lib.fill(again, json.loads(config_lib.to_json(config)))
+    assert config_lib.to_json(again) == config_lib.to_json(config)
 
 
 @pytest.mark.parametrize(
