@@ -4,6 +4,7 @@ import pathlib
 import nibabel as nib
 import numpy as np
 import pytest
+from absl import logging
 
 from tests.data import scans
 from uad_jax.data import check, examine
@@ -321,3 +322,14 @@ def test_messages_that_differ_in_numbers_share_a_line() -> None:
     assert "lie" not in check.render(problems, [], notes=False)
     errors = [dataclasses.replace(p, severity=Severity.ERROR) for p in problems]
     assert check.render(errors, []).count("lie within") == 3
+
+
+def test_silence_of_many_threads_ends_with_the_level_before() -> None:
+    before = logging.get_verbosity()
+    first, second = examine.quiet(), examine.quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # not nested: as threads do
+    assert logging.get_verbosity() == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logging.get_verbosity() == before

@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -282,12 +283,26 @@ def _fingerprints(
     return {name: value for name, value in found.items() if value is not None}
 
 
+class _Quiet:
+    """Who is quiet now, over all threads; the last one restores the level."""
+
+    lock = threading.Lock()
+    count = 0
+    before = logging.INFO
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the reader's warnings, which end up in the table, out of the log."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    with _Quiet.lock:
+        if not _Quiet.count:
+            _Quiet.before = logging.get_verbosity()
+            logging.set_verbosity(logging.ERROR)
+        _Quiet.count += 1
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        with _Quiet.lock:
+            _Quiet.count -= 1
+            if not _Quiet.count:
+                logging.set_verbosity(_Quiet.before)
