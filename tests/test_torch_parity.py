@@ -1,7 +1,7 @@
 """Our networks against PyTorch's with the same weights; skipped without PyTorch.
 
-python -m venv /tmp/torch && /tmp/torch/bin/pip install -r requirements-test.txt torch
-/tmp/torch/bin/python -m pytest -n 0 tests/test_torch_parity.py
+python -m venv ENV && ENV/bin/pip install -r requirements-test.txt torch
+ENV/bin/python -m pytest -n 0 tests/test_torch_parity.py
 """
 
 import pathlib
