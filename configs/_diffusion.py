@@ -8,8 +8,10 @@ from uad_jax import denoising_config, optim
 from uad_jax.data import config as data_config
 from uad_jax.methods import base
 
-# 1600 epochs of 12 batches of 32 slices: the budget of Behrendt et al. 2023.
+# 1600 epochs of 12 batches of 32 slices: the budget of DDPM and pDDPM.
 REFERENCE_SLICES = 614_400
+# 1200 such epochs: the budget of cDDPM and of its pretraining.
+CONDITIONED_SLICES = 460_800
 
 
 class Size(enum.Enum):
@@ -62,8 +64,19 @@ def scoring(size: Size, **settings: Any) -> denoising_config.ScoringConfig:
     return denoising_config.ScoringConfig(chunk=chunk, **settings)
 
 
+def backbone(size: Size) -> dict[str, Any]:
+    """Sizes of the ResNet that SparK pretrains for cDDPM."""
+    if size is Size.CPU:
+        return {"stage_sizes": (1, 1, 1, 1), "width": 16}
+    return {}
+
+
 def experiment(
-    name: str, method: base.MethodConfig, size: Size, volumes: int
+    name: str,
+    method: base.MethodConfig,
+    size: Size,
+    volumes: int,
+    reference_slices: int = REFERENCE_SLICES,
 ) -> config_lib.ExperimentConfig:
     """Puts an experiment together.
 
@@ -72,23 +85,24 @@ def experiment(
       method: The method.
       size: How much is trained.
       volumes: Volumes that an accelerator scores at once.
+      reference_slices: The published budget, which an accelerator trains for.
     """
     train = config_lib.TrainConfig(
         steps_per_call=10, log_every=40, eval_every=480, save_every=480
     )
-    batch_size, total_steps = 128, 4800
+    batch_size = 128
     data = data_config.DataConfig()
     if size is Size.PAPER:
         train = config_lib.TrainConfig(
             steps_per_call=12, log_every=120, eval_every=240, save_every=960
         )
-        batch_size, total_steps = 32, 19_200
+        batch_size = 32
         data.sampling = data_config.Sampling.ONE_PER_VOLUME
     elif size is Size.CPU:
         train = config_lib.TrainConfig(
             log_every=20, eval_every=100, save_every=100, validation_slices=128
         )
-        batch_size, total_steps = 16, 400
+        batch_size = 16
     return config_lib.ExperimentConfig(
         name="_".join(filter(None, (name, size.value))),
         method=method,
@@ -98,6 +112,6 @@ def experiment(
             batch_size=2 if size is Size.CPU else volumes
         ),
         batch_size=batch_size,
-        total_steps=total_steps,
-        reference_slices=REFERENCE_SLICES,
+        total_steps=400 if size is Size.CPU else reference_slices // batch_size,
+        reference_slices=reference_slices,
     )

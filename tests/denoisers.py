@@ -4,10 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from uad_jax import denoising_config, optim, types
-from uad_jax.methods import ddpm, pddpm
-from uad_jax.ops import diffusion, losses, noise, residuals
+from uad_jax.methods import cddpm, ddpm, pddpm, spark
+from uad_jax.ops import augment, diffusion, losses, noise, residuals
 
 SIZE = 16
+NO_AUGMENT = augment.AugmentConfig(
+    gamma_probability=0.0,
+    bias_probability=0.0,
+    blur_probability=0.0,
+    ghost_probability=0.0,
+)
 
 
 def unet() -> denoising_config.UNetConfig:
@@ -59,6 +65,39 @@ def pddpm_config() -> pddpm.PddpmConfig:
         patch=8,
         ema_decay=0.9,
         optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=100.0),
+    )
+
+
+def encoder() -> cddpm.EncoderConfig:
+    """A ResNet of four blocks."""
+    return cddpm.EncoderConfig(
+        features=8, stage_sizes=(1, 1, 1, 1), width=4, drop_path=0.5
+    )
+
+
+def cddpm_config() -> cddpm.CddpmConfig:
+    """Gaussian noise, an ensemble of two, every random part switched on."""
+    return cddpm.CddpmConfig(
+        unet=unet(),
+        encoder=encoder(),
+        process=denoising_config.ProcessConfig(noise=noise.Noise.GAUSSIAN),
+        scoring=denoising_config.ScoringConfig(test_steps=(249, 499)),
+        ema_decay=0.9,
+        optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=100.0),
+    )
+
+
+def spark_config() -> spark.SparkConfig:
+    """A ResNet of four blocks, for slices of 64 x 64."""
+    return spark.SparkConfig(
+        stage_sizes=(1, 1, 1, 1),
+        width=4,
+        decoder_width=32,
+        ema_decay=0.9,
+        # A larger eps: steps along gradients of rounding errors stay small.
+        optimizer=optim.OptimizerConfig(
+            learning_rate=1e-3, eps=1e-5, weight_decay=0.05
+        ),
     )
 
 

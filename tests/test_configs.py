@@ -15,9 +15,11 @@ from ml_collections import config_flags
 
 from configs import _parts, smoke
 from uad_jax import config as config_lib
-from uad_jax import denoising
+from uad_jax import optim, types
 from uad_jax.data import config as data_config
+from uad_jax.methods import base, cddpm
 from uad_jax.methods.autoencoder import Variant
+from uad_jax.ops import augment
 
 # ml_collections loads config files in a way that Python 3.15 will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -31,9 +33,11 @@ ARGUMENTS = {
         for variant in ("", "variant=ae", "variant=ae_spatial", "variant=vae")
         for word in ("", "paper", "cpu")
     ],
+    "cddpm": ["", "paper", "cpu", "cpu,encoder=runs/spark"],
     "ddpm": ["", "paper", "cpu", "anoddpm", "anoddpm,paper", "anoddpm,cpu"],
     "demo": ["", "quick"],
     "pddpm": ["", "paper", "cpu"],
+    "spark": ["", "paper", "cpu"],
     "smoke": ["", "variant=ae", "variant=ae_spatial", "variant=vae"],
 }
 EXPERIMENTS = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
@@ -110,27 +114,70 @@ def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
         ("ddpm", "paper", 96, 34_493_313),
         ("pddpm", "paper", 96, 37_513_857),
         ("ddpm", "anoddpm,paper", 256, 130_331_393),
+        ("cddpm", "paper", 96, 44_068_481 + 24_550_848),
+        ("spark", "paper", 96, 37_964_305),
     ],
 )
 def test_published_diffusion_models_have_their_size(
     name: str, arg: str, side: int, expected: int
 ) -> None:
-    shape = (1, side, side, 1)
-    network = denoising.network(_config(name, arg).method, shape)
-    variables = jax.eval_shape(
-        network.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(1, jnp.int32)
+    config = _config(name, arg)
+    rows = jnp.zeros(1, jnp.int32)
+    batch = types.Batch(
+        image=jnp.zeros((1, side, side, 1)),
+        mask=jnp.zeros((1, side, side, 1), bool),
+        valid=rows > 0,
+        uid=rows,
+        slice_index=rows,
     )
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == expected
+    method = config.method.make(base.RunShape(config.total_steps, 12, 32))
+    state = jax.eval_shape(method.init, jax.random.key(0), batch)
+    leaves = jax.tree.leaves(state.model.params)
+    assert sum(leaf.size for leaf in leaves) == expected
+
+
+def test_published_pretraining_and_condition_keep_their_budget_and_settings() -> None:
+    for name in ("cddpm", "spark"):
+        for arg, batch in (("paper", 32), ("", 128)):
+            config = _config(name, arg)
+            assert config.batch_size == batch
+            assert batch * config.total_steps == 460_800 == config.reference_slices
+    conditioned: Any = _config("cddpm", "paper").method
+    assert conditioned.scoring.test_steps == (249, 499, 749)
+    assert conditioned.encoder == cddpm.EncoderConfig(512, (3, 4, 6, 3), 64, 0.05)
+    assert conditioned.augment == augment.AugmentConfig()
+    assert (conditioned.process.shared_noise, conditioned.unet.film) == (True, True)
+    assert conditioned.optimizer == optim.OptimizerConfig(learning_rate=1e-4)
+    hidden: Any = _config("spark", "paper").method
+    assert (hidden.mask_ratio, hidden.decoder_width) == (0.65, 512)
+    assert hidden.optimizer == optim.OptimizerConfig(
+        learning_rate=1e-4, b2=0.95, weight_decay=0.05
+    )
+
+
+def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
+    for size in ("", "paper", "cpu"):
+        words = ",".join(filter(None, (size, "encoder=runs/spark")))
+        config = _config("cddpm", words)
+        (entry,) = config.train.warm_start
+        assert entry == config_lib.WarmStart(
+            "runs/spark", -1, "spark/backbone", "encoder/backbone"
+        )
+        method: Any = config.method
+        source: Any = _config("spark", size).method
+        assert method.encoder.stage_sizes == source.stage_sizes
+        assert method.encoder.width == source.width
 
 
 def test_paper_and_cpu_exclude_each_other() -> None:
-    for name in ("autoencoder", "ddpm", "pddpm"):
+    for name in ("autoencoder", "cddpm", "ddpm", "pddpm", "spark"):
         with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
             _config(name, "paper,cpu")
 
 
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    small = [(name, "cpu") for name in ("autoencoder", "ddpm", "pddpm")]
+    names = ("autoencoder", "cddpm", "ddpm", "pddpm", "spark")
+    small = [(name, "cpu") for name in names]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)
         method: Any = config.method

@@ -15,7 +15,7 @@ from uad_jax import maps
 from uad_jax import mesh as mesh_lib
 from uad_jax.data import builder, examine, geometry, nifti, pipeline
 from uad_jax.data.sources import Store, VolumeInfo
-from uad_jax.methods import base
+from uad_jax.methods import lifting
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.types import Geometry, Scores, Volumes
 
@@ -399,7 +399,7 @@ def test_maps_without_scores_are_scored_by_their_mean_in_the_brain(
     scores = scorer.score(volumes)
     assert scores.anomaly_map.sharding == mesh_lib.batch_sharded(mesh8)
     placed = np.asarray(scores.anomaly_map)
-    expected = base.summarise(scores.anomaly_map, None, volumes)
+    expected = lifting.summarise(scores.anomaly_map, None, volumes)
     for field in ("slice_score", "volume_score"):
         one, other = getattr(scores, field), getattr(expected, field)
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8)

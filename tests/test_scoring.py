@@ -9,7 +9,7 @@ from tests import stores
 from uad_jax import mesh as mesh_lib
 from uad_jax import scoring
 from uad_jax.data import sources
-from uad_jax.methods import base
+from uad_jax.methods import base, lifting
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.scoring import Stage
 from uad_jax.types import Labels, ModelState, Scores, Volumes
@@ -177,7 +177,7 @@ def test_one_program_serves_many_checkpoints(mesh1: jax.sharding.Mesh) -> None:
     def score(model: ModelState, volumes: Volumes, key: jax.Array) -> Scores:
         traced.append(key)
         scaled = volumes.image[..., 0] * model.params["net"]
-        return base.summarise(scaled, None, volumes)
+        return lifting.summarise(scaled, None, volumes)
 
     method = base.Method(
         inputs=base.Inputs(), init=None, update=None, validate=None, score=score

@@ -19,7 +19,7 @@ from uad_jax.denoising_config import (
     ScoringConfig,
     UNetConfig,
 )
-from uad_jax.methods import base
+from uad_jax.methods import base, lifting
 from uad_jax.nn import unet
 from uad_jax.ops import diffusion, losses, residuals
 from uad_jax.types import (
@@ -34,6 +34,10 @@ from uad_jax.types import (
 )
 
 NETWORK = "denoiser"  # its name in the parameters
+# (config, params, collections, batch, key) -> (loss, (collections, scalars))
+Loss = Callable[..., tuple[Array, tuple[dict[str, Tree], Scalars]]]
+# (keys [N], shape [N, H, W, C]) -> the noised pixels, [N, H, W, 1] bool
+Region = Callable[[Array, tuple[int, ...]], Array]
 
 
 class MethodConfig(Protocol):
@@ -54,12 +58,7 @@ def validate(config: MethodConfig) -> None:
     config.process.validate()
     config.scoring.validate(config.process.num_steps)
     config.optimizer.validate()
-    if config.accumulate_steps < 1:
-        raise ValueError(
-            f"accumulate_steps is {config.accumulate_steps}; use 1 or more."
-        )
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay is {config.ema_decay}; it must lie in [0, 1).")
+    base.check_training(config.accumulate_steps, config.ema_decay)
 
 
 def method(
@@ -67,9 +66,10 @@ def method(
     run: base.RunShape,
     *,
     init_model: Callable[..., ModelState],
-    loss: Callable[..., tuple[Array, tuple[dict[str, Tree], Scalars]]],
+    loss: Loss,
     reconstruct_slices: Callable[..., Array],
     reconstruct: Callable[..., Array],
+    validation_loss: Loss | None = None,
 ) -> base.Method:
     """Puts a diffusion method together; its functions take the config first.
 
@@ -78,10 +78,12 @@ def method(
       run: What schedules depend on.
       init_model: (config, key, batch) -> model.
       loss: (config, params, collections, batch, key) -> (loss, (collections,
-        scalars)); validation takes it too, with one fixed key.
+        scalars)).
       reconstruct_slices: (config, model, image, mask, keys) -> [N, E, H, W, C], as in
         `scorer`.
       reconstruct: (config, model, image, mask, key, strength) -> image.
+      validation_loss: Like `loss`, without what belongs to training alone; None = the
+        same. It gets one fixed key.
     """
     init, update = base.single_optimizer(
         functools.partial(init_model, config),
@@ -91,15 +93,18 @@ def method(
         accumulate_steps=config.accumulate_steps,
     )
 
-    def validation_loss(model: ModelState, batch: Batch, key: Key) -> Scalars:
-        value, (_, scalars) = loss(config, model.params, model.collections, batch, key)
+    checked = validation_loss or loss
+
+    def validate(model: ModelState, batch: Batch, key: Key) -> Scalars:
+        found = checked(config, model.params, model.collections, batch, key)
+        value, (_, scalars) = found
         return {"loss": value, **scalars}
 
     return base.Method(
         inputs=base.Inputs(),
         init=init,
         update=update,
-        validate=validation_loss,
+        validate=validate,
         score=scorer(
             config.process,
             config.scoring,
@@ -122,26 +127,45 @@ def network(
     )
 
 
-def init_model(config: MethodConfig, key: Key, batch: Batch) -> ModelState:
-    """Initialises an unconditional denoiser for the batch's image shape.
+def init_model(
+    config: MethodConfig, key: Key, batch: Batch, condition: Array | None = None
+) -> ModelState:
+    """Initialises a denoiser for the batch's image shape.
+
+    Args:
+      config: The method.
+      key: Key of the parameters.
+      batch: Only its shapes matter.
+      condition: [1, K] for a denoiser that is told a condition of K numbers.
 
     Raises:
       ValueError: If the network cannot halve the image often enough.
     """
     shape = batch.image.shape
     image, t = jnp.zeros((1, *shape[-3:])), jnp.zeros(1, jnp.int32)
-    variables = network(config, shape).init(key, image, t)
+    module = network(config, shape, conditional=condition is not None)
+    variables = module.init(key, image, t, condition)
     return ModelState(params={NETWORK: variables["params"]}, collections={})
 
 
 def denoiser(
-    config: MethodConfig, params: dict[str, Tree], shape: tuple[int, ...]
+    config: MethodConfig,
+    params: dict[str, Tree],
+    shape: tuple[int, ...],
+    condition: Array | None = None,
 ) -> diffusion.Denoiser:
-    """Binds an unconditional denoiser of images [..., H, W, C] to its parameters."""
-    module = network(config, shape)
+    """Binds a denoiser of images [N, H, W, C] to its parameters and a condition.
+
+    Args:
+      config: The method.
+      params: {"denoiser": ...}.
+      shape: Of the images.
+      condition: [N, K], or None if the denoiser takes none.
+    """
+    module = network(config, shape, conditional=condition is not None)
 
     def denoise(xt: Array, t: Array) -> Any:
-        return module.apply({"params": params[NETWORK]}, xt, t)
+        return module.apply({"params": params[NETWORK]}, xt, t, condition)
 
     return denoise
 
@@ -194,6 +218,37 @@ def noised(process: ProcessConfig, batch: Batch, key: Key) -> Noised:
     if process.prediction is not diffusion.Prediction.EPS:
         target = diffusion.from_x0(schedule, process.prediction, x0, xt, t)
     return Noised(x0, xt, t, target, others)
+
+
+def mean_error(
+    process: ProcessConfig,
+    denoise: diffusion.Denoiser,
+    batch: Batch,
+    key: Key,
+    region: Region | None = None,
+) -> Array:
+    """Mean error of the prediction where a row is noised, at a random step each.
+
+    Args:
+      process: The diffusion process.
+      denoise: The denoiser.
+      batch: Slices, image [B, H, W, C] float32.
+      key: Key of the step.
+      region: Draws what is noised; the denoiser sees the rest clean, and it does not
+        count. None = all of the slice.
+
+    Returns:
+      The mean over the valid rows, [] float32.
+    """
+    example = noised(process, batch, key)
+    if region is None:
+        inside = jnp.ones((*batch.image.shape[:-1], 1), bool)
+        prediction = denoise(example.xt, example.t)
+    else:
+        inside = region(example.keys, batch.image.shape)
+        prediction = denoise(jnp.where(inside, example.xt, example.x0), example.t)
+    rows = row_errors(process, prediction, example.target, inside)
+    return losses.mean_over_valid(rows, batch.valid)
 
 
 def row_errors(
@@ -288,6 +343,40 @@ def for_each_step(
     return jnp.repeat(image, ensemble, axis=0), t, eps
 
 
+def reconstruct_once(
+    process: ProcessConfig,
+    denoise: diffusion.Denoiser,
+    image: Array,
+    keys: Array,
+    steps: Array,
+    clip: float | None = None,
+) -> Array:
+    """Reconstructs images from all their steps in one call of the denoiser.
+
+    Args:
+      process: The diffusion process.
+      denoise: The denoiser of N * E images, those of an image side by side.
+      image: [N, H, W, C] float32 of about [0, 1].
+      keys: [N].
+      steps: [N, E] int32.
+      clip: Limits estimates to [-clip, clip], where [-1, 1] is the image's range.
+
+    Returns:
+      [N, E, H, W, C] float32.
+    """
+    rows, t, eps = for_each_step(process, image, keys, steps)
+    clean = diffusion.denoise_once(
+        denoise,
+        process.make_schedule(),
+        process.prediction,
+        to_signed(rows),
+        t,
+        eps,
+        clip,
+    )
+    return from_signed(clean).reshape(-1, steps.shape[1], *image.shape[1:])
+
+
 def scorer(
     process: ProcessConfig,
     scoring: ScoringConfig,
@@ -304,7 +393,7 @@ def scorer(
     Returns:
       (model, volumes, key) -> Scores; the reconstruction is the mean over the ensemble.
     """
-    lifted = base.over_slices(
+    lifted = lifting.over_slices(
         reconstruct_slices, scoring.chunk, key_per_volume=process.shared_noise
     )
 
@@ -321,6 +410,6 @@ def scorer(
             anomaly_map = jax.vmap(compare, in_axes=2)(outputs).mean(axis=0)
         else:
             anomaly_map = compare(mean)
-        return base.summarise(anomaly_map, mean, volumes)
+        return lifting.summarise(anomaly_map, mean, volumes)
 
     return score

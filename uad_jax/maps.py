@@ -18,7 +18,7 @@ from uad_jax import score_table
 from uad_jax.data import alignment, examine, geometry, manifest, nifti
 from uad_jax.data.alignment import Voxels
 from uad_jax.data.sources import Store, VolumeInfo
-from uad_jax.methods import base
+from uad_jax.methods import lifting
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.scoring import Scorer
 from uad_jax.types import Array, Geometry, Scores, Volumes
@@ -308,7 +308,7 @@ def _check(
 
 @jax.jit
 def _summarise(maps: Array, volumes: Volumes) -> Scores:
-    return base.summarise(maps, None, volumes)
+    return lifting.summarise(maps, None, volumes)
 
 
 def _replace(

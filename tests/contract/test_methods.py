@@ -13,131 +13,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from configs import smoke
-from tests import denoisers
-from uad_jax import checkpoint, denoising_config, optim, types
+from tests.contract import table
+from tests.contract.table import ROWS, RUN, TABLE
+from uad_jax import checkpoint, types
 from uad_jax import mesh as mesh_lib
-from uad_jax.methods import base
-from uad_jax.methods.autoencoder import Variant
-from uad_jax.ops import losses, noise
 
-SIZE = 16
-ROWS = 8
-RUN = base.RunShape(total_steps=300, steps_per_epoch=10, global_batch=ROWS)
-
-
-class Row(NamedTuple):
-    """One method in the table.
-
-    Attributes:
-      config: Tiny, with every random part switched on.
-      overfit: Changes for the overfit claim (no dropout, a larger learning rate).
-      reconstruction: Scalar that must fall to 5 % when overfitting.
-      float_fields: Float fields that may be vmapped, as paths, with two values; the
-        first is the config's own.
-    """
-
-    config: base.MethodConfig
-    overfit: dict[str, Any]
-    reconstruction: str
-    float_fields: dict[str, tuple[float, float]]
-
-
-def _autoencoder(variant: Variant) -> Row:
-    fields = {
-        "optimizer.learning_rate": (1e-3, 3e-3),
-        "optimizer.clip_norm": (100.0, 1.0),
-        "dropout": (0.1, 0.3),
-    }
-    if variant is Variant.VAE:
-        fields["kl_weight"] = (1.0, 10.0)
-    return Row(
-        config=smoke.get_config(f"variant={variant.value}").method,
-        # The KL term of a VAE is the price of every bit it stores: with the weight 1
-        # it will not memorise a batch, so the overfit claim takes a small one.
-        overfit={
-            "dropout": 0.0,
-            "kl_weight": 1e-3,
-            "width": 32,
-            "max_width": 64,
-            "intermediate_resolution": 4,
-            "latent_size": 32,
-            "ema_decay": 0.0,
-            "optimizer": optim.OptimizerConfig(
-                learning_rate=2e-3, schedule=optim.Schedule.COSINE
-            ),
-        },
-        reconstruction="reconstruction",
-        float_fields=fields,
-    )
-
-
-def _diffusion(config: Any, **process: Any) -> Row:
-    """A diffusion method; `process` makes the overfit claim possible.
-
-    Heavily noised slices cannot be told apart, so it trains on lightly noised ones.
-    """
-    changes = {"pixel_loss": losses.PixelLoss.L2, **process}
-    return Row(
-        config=config,
-        overfit={
-            "unet": denoising_config.UNetConfig(
-                width=16, multipliers=(1,), num_blocks=0, head_size=16
-            ),
-            "process": dataclasses.replace(config.process, **changes),
-            "ema_decay": 0.0,
-            "optimizer": optim.OptimizerConfig(
-                learning_rate=5e-3, schedule=optim.Schedule.COSINE
-            ),
-        },
-        reconstruction="loss",
-        float_fields={
-            "optimizer.learning_rate": (1e-3, 3e-3),
-            "optimizer.clip_norm": (config.optimizer.clip_norm, 0.1),
-            "ema_decay": (0.9, 0.5),
-        },
-    )
-
-
-TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
-TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
-TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
-TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)
+SCORERS = [name for name, row in TABLE.items() if row.config.make(RUN).score]
 every_method = pytest.mark.parametrize("name", list(TABLE))
-
-
-def _brains(rows: int) -> jax.Array:
-    """Smooth blobs on black, [rows, SIZE, SIZE, 1] in [0, 1]."""
-    rng = np.random.default_rng(0)
-    centre = rng.uniform(5, 11, (rows, 2, 1, 1))
-    radius = rng.uniform(3, 6, (rows, 1, 1))
-    y, x = np.mgrid[:SIZE, :SIZE]
-    distance = np.hypot(y - centre[:, 0], x - centre[:, 1])
-    image = np.clip(1.5 - distance / radius, 0, 1) * rng.uniform(0.6, 1, (rows, 1, 1))
-    return jnp.asarray(image[..., None], jnp.float32)
-
-
-@functools.cache
-def _batch() -> types.Batch:
-    image = _brains(ROWS)
-    return types.Batch(
-        image=image,
-        mask=image > 0,
-        valid=jnp.ones(ROWS, bool),
-        uid=jnp.arange(ROWS) // 2,
-        slice_index=jnp.arange(ROWS) % 2 + 3,
-    )
-
-
-@functools.cache
-def _volumes() -> types.Volumes:
-    image = _brains(ROWS * 3).reshape(ROWS, 3, SIZE, SIZE, 1)
-    return types.Volumes(
-        image=image,
-        mask=image > 0,
-        valid=jnp.ones((ROWS, 3), bool),
-        uid=jnp.arange(ROWS),
-    )
+every_scorer = pytest.mark.parametrize("name", SCORERS)
 
 
 class Compiled(NamedTuple):
@@ -146,16 +29,15 @@ class Compiled(NamedTuple):
     init: Callable
     update: Callable
     validate: Callable
-    score: Callable
+    score: Callable | None
 
 
 @functools.cache
 def _compiled(name: str) -> Compiled:
     method = TABLE[name].config.make(RUN)
-    assert method.score is not None
     return Compiled(
-        *(jax.jit(f) for f in (method.init, method.update)),
-        *(jax.jit(f) for f in (method.validate, method.score)),
+        *(jax.jit(f) for f in (method.init, method.update, method.validate)),
+        score=jax.jit(method.score) if method.score else None,
     )
 
 
@@ -171,12 +53,16 @@ def _steps(
     return state, scalars
 
 
-_trained = functools.cache(lambda name: _steps(name, _batch()))
-_scored = functools.cache(
-    lambda name: _compiled(name).score(
-        _trained(name)[0].for_eval(), _volumes(), jax.random.key(9)
-    )
-)
+_trained = functools.cache(lambda name: _steps(name, table.batch(name)))
+
+
+def _score(name: str, volumes: types.Volumes) -> types.Scores:
+    score = _compiled(name).score
+    assert score is not None
+    return score(_trained(name)[0].for_eval(), volumes, jax.random.key(9))
+
+
+_scored = functools.cache(lambda name: _score(name, table.volumes(name)))
 
 
 def _assert_equal(a: types.Tree, b: types.Tree) -> None:
@@ -206,26 +92,37 @@ def _changed(config: Any, values: dict[str, Any]) -> Any:
 @every_method
 def test_shapes(name: str) -> None:
     method = TABLE[name].config.make(RUN)
-    assert method.score is not None
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(method.init, key, _batch())
-    after, scalars = jax.eval_shape(method.update, state, _batch(), key)
+    state = jax.eval_shape(method.init, key, table.batch(name))
+    after, scalars = jax.eval_shape(method.update, state, table.batch(name), key)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
     assert {"loss", "grad_norm"} <= set(scalars)
-    checked = jax.eval_shape(method.validate, state.for_eval(), _batch(), key)
+    checked = jax.eval_shape(method.validate, state.for_eval(), table.batch(name), key)
     assert "loss" in checked
     for scalar in [*scalars.values(), *checked.values()]:
         assert (scalar.shape, scalar.dtype) == ((), jnp.float32)
-    scores = jax.eval_shape(method.score, state.for_eval(), _volumes(), key)
-    shape = _volumes().image.shape
+
+
+@every_scorer
+def test_shapes_of_scores(name: str) -> None:
+    method = TABLE[name].config.make(RUN)
+    assert method.score is not None
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(method.init, key, table.batch(name))
+    scores = jax.eval_shape(method.score, state.for_eval(), table.volumes(name), key)
+    shape = table.volumes(name).image.shape
     assert scores.anomaly_map.shape == shape[:-1]
     assert scores.slice_score.shape == shape[:2]
     assert scores.volume_score.shape == shape[:1]
     assert scores.reconstruction is None or scores.reconstruction.shape == shape
     for leaf in jax.tree.leaves(scores):
         assert leaf.dtype == jnp.float32
+
+
+def test_only_pretraining_has_no_score() -> None:
+    assert set(TABLE) - set(SCORERS) == {"spark"}
 
 
 @every_method
@@ -235,8 +132,8 @@ def test_config_is_valid(name: str) -> None:
 
 @every_method
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(name: str) -> None:
-    _assert_equal(_trained(name), _steps(name, _batch()))
-    other = _steps(name, _batch(), count=1, seed=1)[0]
+    _assert_equal(_trained(name), _steps(name, table.batch(name)))
+    other = _steps(name, table.batch(name), count=1, seed=1)[0]
     assert any(
         (a != b).any()
         for a, b in zip(
@@ -251,7 +148,7 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not(name: str) -> N
 def test_a_restored_checkpoint_goes_on_to_the_same_bits(
     name: str, tmp_path: pathlib.Path, mesh1: Mesh
 ) -> None:
-    batch, key = _batch(), jax.random.key(0)
+    batch, key = table.batch(name), jax.random.key(0)
     state, _ = _steps(name, batch, count=2)
     with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(2, state, metrics=None)
@@ -266,17 +163,24 @@ def test_a_restored_checkpoint_goes_on_to_the_same_bits(
 @every_method
 def test_one_device_equals_eight(name: str, mesh8: Mesh) -> None:
     sharding = mesh_lib.batch_sharded(mesh8)
-    batch = jax.device_put(_batch(), sharding)
+    batch = jax.device_put(table.batch(name), sharding)
     run, key = _compiled(name), jax.random.key(0)
-    state = run.init(jax.random.fold_in(key, 1_000_000), _batch())
+    state = run.init(jax.random.fold_in(key, 1_000_000), table.batch(name))
     state = jax.device_put(state, mesh_lib.tree_shardings(state, mesh8))
     for step in range(3):
         state, scalars = run.update(state, batch, jax.random.fold_in(key, step))
     assert len(scalars["loss"].sharding.device_set) == 8
     _assert_close((state.model, scalars), (_trained(name)[0].model, _trained(name)[1]))
-    scores = run.score(
-        state.for_eval(), jax.device_put(_volumes(), sharding), jax.random.key(9)
-    )
+
+
+@every_scorer
+def test_scores_of_one_device_equal_those_of_eight(name: str, mesh8: Mesh) -> None:
+    sharding = mesh_lib.batch_sharded(mesh8)
+    score, state = _compiled(name).score, _trained(name)[0]
+    assert score is not None
+    state = jax.device_put(state, mesh_lib.tree_shardings(state, mesh8))
+    volumes = jax.device_put(table.volumes(name), sharding)
+    scores = score(state.for_eval(), volumes, jax.random.key(9))
     assert scores.anomaly_map.sharding.is_equivalent_to(sharding, 4)
     _assert_close(scores, _scored(name))
 
@@ -284,14 +188,16 @@ def test_one_device_equals_eight(name: str, mesh8: Mesh) -> None:
 @every_method
 def test_place_in_the_batch_is_irrelevant(name: str) -> None:
     order = np.random.default_rng(0).permutation(ROWS)
-    shuffled = jax.tree.map(lambda x: x[order], _batch())
+    shuffled = jax.tree.map(lambda x: x[order], table.batch(name))
     state, scalars = _steps(name, shuffled)
     _assert_close((state.model, scalars), (_trained(name)[0].model, _trained(name)[1]))
-    scores = _compiled(name).score(
-        _trained(name)[0].for_eval(),
-        jax.tree.map(lambda x: x[order], _volumes()),
-        jax.random.key(9),
-    )
+
+
+@every_scorer
+def test_place_in_the_batch_is_irrelevant_to_scores(name: str) -> None:
+    order = np.random.default_rng(0).permutation(ROWS)
+    shuffled = jax.tree.map(lambda x: x[order], table.volumes(name))
+    scores = _score(name, shuffled)
     _assert_close(scores, jax.tree.map(lambda x: x[order], _scored(name)))
 
 
@@ -299,7 +205,7 @@ def test_place_in_the_batch_is_irrelevant(name: str) -> None:
 def test_padding_is_irrelevant(name: str) -> None:
     half = ROWS // 2
     keep = jnp.arange(ROWS) < half
-    padded = dataclasses.replace(_batch(), valid=keep)
+    padded = dataclasses.replace(table.batch(name), valid=keep)
 
     def garbage(x: jax.Array, fill: float) -> jax.Array:
         return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, fill)
@@ -316,14 +222,17 @@ def test_padding_is_irrelevant(name: str) -> None:
             model, jax.tree.map(lambda x: x[:half], padded), jax.random.key(2)
         ),
     )
-    volumes = _volumes()
+
+
+@every_scorer
+def test_padding_is_irrelevant_to_scores(name: str) -> None:
     deeper = jax.tree.map(
         lambda x: (
             jnp.pad(x, [(0, 0), (0, 2)] + [(0, 0)] * (x.ndim - 2)) if x.ndim > 1 else x
         ),
-        volumes,
+        table.volumes(name),
     )
-    scores = run.score(model, deeper, jax.random.key(9))
+    scores = _score(name, deeper)
     _assert_close(scores.anomaly_map[:, :3], _scored(name).anomaly_map)
     _assert_close(scores.volume_score, _scored(name).volume_score)
     assert (scores.slice_score[:, 3:] == 0).all()
@@ -333,7 +242,7 @@ def test_padding_is_irrelevant(name: str) -> None:
 def test_one_batch_is_overfitted_within_300_steps(name: str) -> None:
     row = TABLE[name]
     method = dataclasses.replace(row.config, **row.overfit).make(RUN)
-    batch = _batch()
+    batch = table.batch(name)
     state = jax.jit(method.init)(jax.random.key(0), batch)
     first = jax.jit(method.validate)(state.for_eval(), batch, jax.random.key(1))
     update = jax.jit(method.update, donate_argnums=0)
@@ -349,7 +258,7 @@ def _members(name: str) -> Callable:
 
     def update(state: types.TrainState, key: types.Key, values: dict) -> tuple:
         method = _changed(TABLE[name].config, values).make(RUN)
-        return method.update(state, _batch(), key)
+        return method.update(state, table.batch(name), key)
 
     return jax.jit(jax.vmap(update))
 
@@ -372,18 +281,20 @@ def test_vmap_over_seeds_equals_separate_runs(name: str) -> None:
     seeds = (0, 1)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     init = jax.jit(jax.vmap(TABLE[name].config.make(RUN).init, in_axes=(0, None)))
-    states = init(jax.vmap(jax.random.fold_in, (0, None))(keys, 1_000_000), _batch())
+    states = init(
+        jax.vmap(jax.random.fold_in, (0, None))(keys, 1_000_000), table.batch(name)
+    )
     fields = TABLE[name].float_fields
     values = {path: jnp.full(2, pair[0]) for path, pair in fields.items()}
     together = _run_members(name, states, keys, values)
     for i, seed in enumerate(seeds):
-        state, scalars = _steps(name, _batch(), count=2, seed=seed)
+        state, scalars = _steps(name, table.batch(name), count=2, seed=seed)
         _assert_close(_member(together, i), (state.model, scalars), rtol=1e-3)
 
 
 @every_method
 def test_vmap_over_float_fields_equals_separate_runs(name: str) -> None:
-    config, batch, key = TABLE[name].config, _batch(), jax.random.key(0)
+    config, batch, key = TABLE[name].config, table.batch(name), jax.random.key(0)
     fields = TABLE[name].float_fields
     start = _compiled(name).init(jax.random.fold_in(key, 1_000_000), batch)
     states = jax.tree.map(lambda x: jnp.stack([x, x]), start)
@@ -404,12 +315,14 @@ def test_vmap_over_float_fields_equals_separate_runs(name: str) -> None:
 
 @every_method
 def test_accumulation_equals_the_whole_batch(name: str) -> None:
-    config = TABLE[name].config
-    if not hasattr(config, "accumulate_steps"):
-        pytest.skip("this method does not accumulate")
-    method = dataclasses.replace(config, accumulate_steps=2).make(RUN)
-    batch = dataclasses.replace(_batch(), valid=jnp.arange(ROWS) != 2)
+    row, batch = TABLE[name], table.batch(name)
+    method = dataclasses.replace(row.config, accumulate_steps=2).make(RUN)
+    if row.batch_statistics:
+        # Of two equal halves, whose statistics are those of the whole.
+        batch = jax.tree.map(lambda x: jnp.repeat(x[: ROWS // 2], 2, axis=0), batch)
+    else:
+        batch = dataclasses.replace(batch, valid=jnp.arange(ROWS) != 2)
     state = _compiled(name).init(jax.random.key(0), batch)
     whole = _compiled(name).update(state, batch, jax.random.key(1))
     parts = jax.jit(method.update)(state, batch, jax.random.key(1))
-    _assert_close((whole[0].model, whole[1]), (parts[0].model, parts[1]))
+    _assert_close((whole[0].model.params, whole[1]), (parts[0].model.params, parts[1]))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from uad_jax import optim
-from uad_jax.methods import base
+from uad_jax.methods import base, lifting
 from uad_jax.nn import autoencoder, blocks
 from uad_jax.ops import losses
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
@@ -86,17 +86,15 @@ class AutoencoderConfig:
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot work."""
-        for name in ("latent_size", "width", "accumulate_steps"):
+        for name in ("latent_size", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
         for name in ("intermediate_resolution", "kl_weight", "score_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
-        for name in ("dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must lie in [0, 1)."
-                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+        base.check_training(self.accumulate_steps, self.ema_decay)
         if self.max_width < self.width or self.max_width % 8:
             raise ValueError(
                 f"max_width is {self.max_width}; use a multiple of 8 that is at least "
@@ -120,7 +118,7 @@ class AutoencoderConfig:
             init=init,
             update=update,
             validate=functools.partial(validation_loss, self),
-            score=base.slicewise(
+            score=lifting.slicewise(
                 functools.partial(score_slices, self), self.score_chunk
             ),
             reconstruct=functools.partial(reconstruct, self),

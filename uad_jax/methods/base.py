@@ -1,4 +1,4 @@
-"""What a method is, and the few ways to compose one."""
+"""What a method is, and how one loss with one optimiser becomes one."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -99,14 +99,6 @@ class MethodConfig(Protocol):
 Loss = Callable[
     [dict[str, Tree], dict[str, Tree], Batch, Key],
     tuple[Array, tuple[dict[str, Tree], Scalars]],
-]
-# (model, image [N, H, W, C], mask [N, H, W, 1], keys [N]) -> map [N, H, W] and
-# reconstruction [N, H, W, C] or None.
-ScoreSlices = Callable[[ModelState, Array, Array, Array], tuple[Array, Array | None]]
-# The same for slabs: image [B, S, H, W, C], mask [B, S, H, W, 1], valid [B, S], keys
-# [B] -> map [B, S, H, W] and reconstruction [B, S, H, W, C] or None.
-ScoreSlab = Callable[
-    [ModelState, Array, Array, Array, Array], tuple[Array, Array | None]
 ]
 
 
@@ -281,170 +273,9 @@ def _split(
     return chosen, {k: v for k, v in params.items() if k not in chosen}
 
 
-def slicewise(
-    score_slices: ScoreSlices, chunk: int = 0
-) -> Callable[[ModelState, Volumes, Key], Scores]:
-    """Lifts a score of slices to volumes; `chunk` as in `over_slices`."""
-    lifted = over_slices(score_slices, chunk)
-
-    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
-        anomaly_map, output = lifted(model, volumes, key)
-        return summarise(anomaly_map, output, volumes)
-
-    return score
-
-
-def over_slices(
-    function: Callable[[ModelState, Array, Array, Array], Tree],
-    chunk: int = 0,
-    *,
-    key_per_volume: bool = False,
-) -> Callable[[ModelState, Volumes, Key], Tree]:
-    """Lifts a function of slices to volumes.
-
-    Args:
-      function: (model, image [N, H, W, C], mask [N, H, W, 1], keys [N]) -> arrays
-        [N, ...].
-      chunk: Slices per volume that are computed at once, to bound the memory; 0 = all.
-      key_per_volume: All slices of a volume get one key, that of slice 0.
-
-    Returns:
-      (model, volumes, key) -> arrays [B, D, ...]. The volume axis stays outermost, so
-      it may be sharded.
-    """
-
-    def lifted(model: ModelState, volumes: Volumes, key: Key) -> Tree:
-        batch, depth = volumes.valid.shape
-        size = min(chunk or depth, depth)
-        count = -(-depth // size)
-
-        def split(x: Array) -> Array:
-            pad = [(0, 0), (0, count * size - depth)] + [(0, 0)] * (x.ndim - 2)
-            x = jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:])
-            return jnp.moveaxis(x, 1, 0)
-
-        def one(part: tuple[Array, Array, Array]) -> Tree:
-            image, mask, index = (x.reshape(batch * size, *x.shape[2:]) for x in part)
-            keys = sample_keys(key, jnp.repeat(volumes.uid, size), index)
-            out = function(model, image, mask, keys)
-            return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), out)
-
-        def join(x: Array) -> Array:
-            x = jnp.moveaxis(x, 0, 1)
-            return x.reshape(batch, count * size, *x.shape[3:])[:, :depth]
-
-        index = jnp.arange(depth) * (0 if key_per_volume else 1)
-        index = jnp.broadcast_to(index, (batch, depth))
-        parts = (split(volumes.image), split(volumes.mask), split(index))
-        return jax.tree.map(join, jax.lax.map(one, parts))
-
-    return lifted
-
-
-def slabwise(
-    score_slab: ScoreSlab, num_slices: int, overlap: int = 0
-) -> Callable[[ModelState, Volumes, Key], Scores]:
-    """Lifts a score of slabs of consecutive slices to volumes.
-
-    Slabs start every `num_slices - overlap` slices; the last one is moved back so that
-    it ends with the volume's last valid slice. Where slabs overlap, their mean counts.
-    A volume thinner than a slab is scored as one slab with invalid slices.
-
-    Args:
-      score_slab: Scores B slabs at once.
-      num_slices: Slab length S.
-      overlap: Slices shared by neighbouring slabs, below S.
-
-    Returns:
-      `score` of a Method. Valid slices of a volume must precede its padding. The
-      result of a volume does not depend on the common depth of the batch.
-
-    Raises:
-      ValueError: If the overlap leaves no step.
-    """
-    if not 0 <= overlap < num_slices:
-        raise ValueError(
-            f"The overlap is {overlap}; slabs of {num_slices} slices need one in "
-            f"[0, {num_slices - 1}]."
-        )
-    stride = num_slices - overlap
-
-    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
-        batch, depth = volumes.valid.shape
-        padded = max(depth, num_slices)
-
-        def pad(x: Array) -> Array:
-            ends = [(0, 0), (0, padded - depth)] + [(0, 0)] * (x.ndim - 2)
-            return jnp.pad(x, ends)
-
-        image, mask, valid = pad(volumes.image), pad(volumes.mask), pad(volumes.valid)
-        own_depth = valid.sum(axis=1)
-
-        def slab(index: Array) -> tuple[Array, Array, tuple]:
-            start = jnp.clip(index * stride, 0, jnp.maximum(own_depth - num_slices, 0))
-            before = (index - 1) * stride + num_slices
-            used = (index == 0) | (before < own_depth)
-            rows = jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, num_slices))
-            keys = sample_keys(key, volumes.uid, start)
-            out = score_slab(
-                model, rows(image, start), rows(mask, start), rows(valid, start), keys
-            )
-            return start, used.astype(jnp.float32), out
-
-        def step(sums: tuple, index: Array) -> tuple[tuple, None]:
-            start, used, out = slab(index)
-            ones = jnp.ones((batch, num_slices), jnp.float32)
-            sums = jax.tree.map(
-                lambda s, x: _add_rows(s, _scale(x, used), start), sums, (ones, *out)
-            )
-            return sums, None
-
-        count = 1 + -(-(padded - num_slices) // stride)
-        shapes = jax.eval_shape(lambda: slab(jnp.int32(0))[2])
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros((batch, padded, *x.shape[2:]), x.dtype), shapes
-        )
-        sums = (jnp.zeros((batch, padded), jnp.float32), *zeros)
-        (weight, *out), _ = jax.lax.scan(step, sums, jnp.arange(count))
-        share = 1.0 / jnp.maximum(weight, 1.0)
-        anomaly_map, output = jax.tree.map(lambda x: _scale(x, share)[:, :depth], out)
-        return summarise(anomaly_map, output, volumes)
-
-    return score
-
-
-def summarise(
-    anomaly_map: Array, reconstruction: Array | None, volumes: Volumes
-) -> Scores:
-    """Adds slice and volume scores: the mean of the map inside the brain (0 if none).
-
-    Args:
-      anomaly_map: [B, D, H, W].
-      reconstruction: [B, D, H, W, C] or None.
-      volumes: What was scored; padding counts for nothing.
-    """
-    anomaly_map = anomaly_map.astype(jnp.float32)
-    brain = volumes.mask[..., 0] & volumes.valid[:, :, None, None]
-    sums = jnp.where(brain, anomaly_map, 0.0).sum(axis=(2, 3))
-    counts = brain.sum(axis=(2, 3))
-    return Scores(
-        anomaly_map=anomaly_map,
-        slice_score=sums / jnp.maximum(counts, 1),
-        volume_score=sums.sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1),
-        reconstruction=reconstruction,
-    )
-
-
-def _scale(x: Array, factor: Array) -> Array:
-    """Multiplies by a factor given for the leading axes."""
-    return x * factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
-
-
-def _add_rows(total: Array, rows: Array, start: Array) -> Array:
-    """Adds rows [B, S, ...] to total [B, D, ...] from each volume's own start."""
-
-    def one(total: Array, rows: Array, start: Array) -> Array:
-        old = jax.lax.dynamic_slice_in_dim(total, start, rows.shape[0])
-        return jax.lax.dynamic_update_slice_in_dim(total, old + rows, start, axis=0)
-
-    return jax.vmap(one)(total, rows, start)
+def check_training(accumulate_steps: int, ema_decay: float) -> None:
+    """Raises ValueError for values that `single_optimizer` cannot take."""
+    if accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps is {accumulate_steps}; use 1 or more.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay is {ema_decay}; it must lie in [0, 1).")

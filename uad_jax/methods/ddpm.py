@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from uad_jax import denoising, denoising_config, optim
 from uad_jax.methods import base
-from uad_jax.ops import diffusion, losses
+from uad_jax.ops import diffusion
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 
@@ -109,12 +109,9 @@ def loss(
     Returns:
       The loss [] and (collections, no scalars).
     """
-    example = denoising.noised(config.process, batch, key)
     denoise = denoising.denoiser(config, params, batch.image.shape)
-    prediction = denoise(example.xt, example.t)
-    everywhere = jnp.ones((*prediction.shape[:-1], 1), bool)
-    rows = denoising.row_errors(config.process, prediction, example.target, everywhere)
-    return losses.mean_over_valid(rows, batch.valid), (collections, {})
+    value = denoising.mean_error(config.process, denoise, batch, key)
+    return value, (collections, {})
 
 
 def reconstruct_slices(
@@ -189,19 +186,10 @@ def _one_step(
     config: DdpmConfig, model: ModelState, image: Array, keys: Array, steps: Array
 ) -> Array:
     """Reconstructs [N, H, W, C] from steps [N, E] in one call: [N, E, H, W, C]."""
-    count = steps.shape[1]
-    rows, t, eps = denoising.for_each_step(config.process, image, keys, steps)
     denoise = denoising.denoiser(config, model.params, image.shape)
-    clean = diffusion.denoise_once(
-        denoise,
-        config.process.make_schedule(),
-        config.process.prediction,
-        denoising.to_signed(rows),
-        t,
-        eps,
-        _limit(config),
+    return denoising.reconstruct_once(
+        config.process, denoise, image, keys, steps, _limit(config)
     )
-    return denoising.from_signed(clean).reshape(-1, count, *image.shape[1:])
 
 
 def _chain(

@@ -15,12 +15,13 @@ batch (`process.shared_noise`).
 
 import dataclasses
 import enum
+import functools
 
 import jax.numpy as jnp
 
 from uad_jax import denoising, denoising_config, optim
 from uad_jax.methods import base
-from uad_jax.ops import diffusion, losses, patches
+from uad_jax.ops import diffusion, patches
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 
@@ -125,13 +126,10 @@ def loss(
     Returns:
       The loss [] and (collections, no scalars).
     """
-    example = denoising.noised(config.process, batch, key)
-    inside = training_boxes(config, example.keys, batch.image.shape)
-    seen = jnp.where(inside, example.xt, example.x0)
     denoise = denoising.denoiser(config, params, batch.image.shape)
-    prediction = denoise(seen, example.t)
-    rows = denoising.row_errors(config.process, prediction, example.target, inside)
-    return losses.mean_over_valid(rows, batch.valid), (collections, {})
+    region = functools.partial(training_boxes, config)
+    value = denoising.mean_error(config.process, denoise, batch, key, region)
+    return value, (collections, {})
 
 
 def training_boxes(config: PddpmConfig, keys: Array, shape: tuple[int, ...]) -> Array:

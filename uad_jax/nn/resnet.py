@@ -190,15 +190,33 @@ class Bottleneck(nn.Module):
         return nn.relu(x + h)
 
 
-def _check_active(image: tuple[int, ...], active: tuple[int, ...]) -> None:
-    """Refuses cells that are not the image's sides over the stride."""
-    batch, height, width, _ = image
+def check_stages(name: str, sizes: Sequence[int]) -> None:
+    """Raises ValueError unless there are four stages of at least one block each."""
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise ValueError(
+            f"{name} is {tuple(sizes)}; use four numbers of 1 or more, (3, 4, 6, 3) "
+            "for ResNet-50."
+        )
+
+
+def cells_of(height: int, width: int) -> tuple[int, int]:
+    """Numbers of 32x32 cells along both sides of an image.
+
+    Raises:
+      ValueError: If a side is no multiple of 32.
+    """
     if height % STRIDE or width % STRIDE:
         raise ValueError(
             f"Masked features need sides that are multiples of {STRIDE}; the image is "
             f"{height}x{width}. Crop or pad it."
         )
-    expected = (batch, height // STRIDE, width // STRIDE)
+    return height // STRIDE, width // STRIDE
+
+
+def _check_active(image: tuple[int, ...], active: tuple[int, ...]) -> None:
+    """Refuses cells that are not the image's sides over the stride."""
+    batch, height, width, _ = image
+    expected = (batch, *cells_of(height, width))
     if active != expected:
         raise ValueError(
             f"active has shape {active}; an image of {height}x{width} has one cell per "

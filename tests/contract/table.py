@@ -1,0 +1,191 @@
+"""The table of the contract: tiny configurations of every method, and their data."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import smoke
+from tests import denoisers
+from uad_jax import denoising_config, optim, types
+from uad_jax.methods import base
+from uad_jax.methods.autoencoder import Variant
+from uad_jax.ops import losses, noise
+
+ROWS = 8
+RUN = base.RunShape(total_steps=300, steps_per_epoch=10, global_batch=ROWS)
+
+
+class Row(NamedTuple):
+    """One method in the table.
+
+    Attributes:
+      config: Tiny, with every random part switched on.
+      overfit: Changes for the overfit claim (no dropout, a larger learning rate).
+      reconstruction: Scalar that must fall to 5 % when overfitting.
+      float_fields: Float fields that may be vmapped, as paths, with two values; the
+        first is the config's own.
+      size: Side of the slices.
+      batch_statistics: Whether rows depend on each other through batch normalisation.
+    """
+
+    config: base.MethodConfig
+    overfit: dict[str, Any]
+    reconstruction: str
+    float_fields: dict[str, tuple[float, float]]
+    size: int = 16
+    batch_statistics: bool = False
+
+
+def _autoencoder(variant: Variant) -> Row:
+    fields = {
+        "optimizer.learning_rate": (1e-3, 3e-3),
+        "optimizer.clip_norm": (100.0, 1.0),
+        "dropout": (0.1, 0.3),
+    }
+    if variant is Variant.VAE:
+        fields["kl_weight"] = (1.0, 10.0)
+    return Row(
+        config=smoke.get_config(f"variant={variant.value}").method,
+        # The KL term of a VAE is the price of every bit it stores: with the weight 1
+        # it will not memorise a batch, so the overfit claim takes a small one.
+        overfit={
+            "dropout": 0.0,
+            "kl_weight": 1e-3,
+            "width": 32,
+            "max_width": 64,
+            "intermediate_resolution": 4,
+            "latent_size": 32,
+            "ema_decay": 0.0,
+            "optimizer": optim.OptimizerConfig(
+                learning_rate=2e-3, schedule=optim.Schedule.COSINE
+            ),
+        },
+        reconstruction="reconstruction",
+        float_fields=fields,
+    )
+
+
+def _diffusion(
+    config: Any,
+    *,
+    overfit: dict[str, Any] | None = None,
+    float_fields: dict[str, tuple[float, float]] | None = None,
+    batch_statistics: bool = False,
+    **process: Any,
+) -> Row:
+    """A diffusion method; `process` makes the overfit claim possible.
+
+    Heavily noised slices cannot be told apart, so it trains on lightly noised ones.
+    """
+    changes = {"pixel_loss": losses.PixelLoss.L2, **process}
+    return Row(
+        config=config,
+        overfit={
+            **(overfit or {}),
+            "unet": denoising_config.UNetConfig(
+                width=16, multipliers=(1,), num_blocks=0, head_size=16
+            ),
+            "process": dataclasses.replace(config.process, **changes),
+            "ema_decay": 0.0,
+            "optimizer": optim.OptimizerConfig(
+                learning_rate=5e-3, schedule=optim.Schedule.COSINE
+            ),
+        },
+        reconstruction="loss",
+        float_fields={
+            "optimizer.learning_rate": (1e-3, 3e-3),
+            "optimizer.clip_norm": (config.optimizer.clip_norm, 0.1),
+            "ema_decay": (0.9, 0.5),
+            **(float_fields or {}),
+        },
+        batch_statistics=batch_statistics,
+    )
+
+
+def _spark() -> Row:
+    """Masked pretraining; filling in more than it sees cannot be overfitted."""
+    config = denoisers.spark_config()
+    return Row(
+        config=config,
+        overfit={
+            "mask_ratio": 0.25,
+            "width": 8,
+            "ema_decay": 0.0,
+            "optimizer": optim.OptimizerConfig(
+                learning_rate=5e-3, schedule=optim.Schedule.COSINE
+            ),
+        },
+        reconstruction="loss",
+        float_fields={
+            "optimizer.learning_rate": (1e-3, 3e-3),
+            "optimizer.weight_decay": (0.05, 0.5),
+        },
+        size=64,
+        batch_statistics=True,
+    )
+
+
+TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
+TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
+TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
+TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)
+TABLE["cddpm"] = _diffusion(
+    denoisers.cddpm_config(),
+    overfit={
+        "encoder": dataclasses.replace(denoisers.encoder(), drop_path=0.0),
+        "augment": denoisers.NO_AUGMENT,
+    },
+    float_fields={
+        "encoder.drop_path": (0.5, 0.1),
+        "augment.gamma_probability": (0.5, 1.0),
+    },
+    batch_statistics=True,
+    train_steps=100,
+)
+TABLE["spark"] = _spark()
+
+
+def _brains(rows: int, size: int) -> jax.Array:
+    """Smooth blobs on black, [rows, size, size, 1] in [0, 1]."""
+    rng = np.random.default_rng(0)
+    centre = rng.uniform(5, 11, (rows, 2, 1, 1)) * size / 16
+    radius = rng.uniform(3, 6, (rows, 1, 1)) * size / 16
+    y, x = np.mgrid[:size, :size]
+    distance = np.hypot(y - centre[:, 0], x - centre[:, 1])
+    image = np.clip(1.5 - distance / radius, 0, 1) * rng.uniform(0.6, 1, (rows, 1, 1))
+    return jnp.asarray(image[..., None], jnp.float32)
+
+
+@functools.cache
+def _batch_of(size: int) -> types.Batch:
+    image = _brains(ROWS, size)
+    return types.Batch(
+        image=image,
+        mask=image > 0,
+        valid=jnp.ones(ROWS, bool),
+        uid=jnp.arange(ROWS) // 2,
+        slice_index=jnp.arange(ROWS) % 2 + 3,
+    )
+
+
+@functools.cache
+def _volumes_of(size: int) -> types.Volumes:
+    image = _brains(ROWS * 3, size).reshape(ROWS, 3, size, size, 1)
+    return types.Volumes(
+        image=image,
+        mask=image > 0,
+        valid=jnp.ones((ROWS, 3), bool),
+        uid=jnp.arange(ROWS),
+    )
+
+
+def batch(name: str) -> types.Batch:
+    return _batch_of(TABLE[name].size)
+
+
+def volumes(name: str) -> types.Volumes:
+    return _volumes_of(TABLE[name].size)
