@@ -27,6 +27,15 @@ class WarmStart:
     target_prefix: str = ""
 
 
+class Selection(enum.Enum):
+    """What the validation loss, which selects the best checkpoint, is measured on."""
+
+    FIXED = "fixed"  # the same slices and random numbers every time
+    # One slice of each volume, and random numbers, drawn anew every time: the released
+    # code of the diffusion models. The lowest of many such losses is a lucky one.
+    REFERENCE = "reference"
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """How the loop runs. All `*_every` are in optimiser steps.
@@ -40,6 +49,7 @@ class TrainConfig:
         them; 0 = none. Each is preceded by a checkpoint. One process only.
       keep_checkpoints: Newest checkpoints to keep beside the best one.
       keep_every: Also keep every checkpoint at a multiple of this; 0 = none.
+      selection: What the validation loss is measured on.
       validation_slices: Size of the fixed validation set; 0 = all slices.
       patience: Stop after this many validations without a better loss; 0 = never.
       warm_start: Parameters taken from other runs when training begins.
@@ -52,6 +62,7 @@ class TrainConfig:
     evaluate_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
+    selection: Selection = Selection.FIXED
     validation_slices: int = 256
     patience: int = 0
     warm_start: list[WarmStart] = dataclasses.field(default_factory=list)

@@ -15,7 +15,7 @@ from uad_jax import checkpoint as checkpoint_lib
 from uad_jax import distributed, divergence, programs, signals
 from uad_jax import progress as progress_lib
 from uad_jax import writer as writer_lib
-from uad_jax.config import ExperimentConfig
+from uad_jax.config import ExperimentConfig, Selection
 from uad_jax.data import pipeline
 from uad_jax.types import Batch, Scalars, TrainState
 
@@ -91,7 +91,7 @@ class Run:
       workdir: Directory of the run.
       mesh: The data mesh.
       stream: The training batches.
-      validation: The fixed validation batches, on the mesh; may be empty.
+      validation: The validation batches of a step, on the mesh; may be empty.
       programs: The compiled programs.
       checkpoints: Where checkpoints go.
       watch: Where the time goes.
@@ -103,7 +103,7 @@ class Run:
     workdir: pathlib.Path
     mesh: Mesh
     stream: pipeline.TrainStream
-    validation: Sequence[Batch]
+    validation: Callable[[int], Sequence[Batch]]
     programs: programs.Programs
     checkpoints: checkpoint_lib.Checkpoints
     watch: progress_lib.Stopwatch
@@ -152,7 +152,7 @@ def loop(
             reporter.settle(state)
             losses: dict[str, float] = {}
             if validate and run.programs.validate is not None:
-                losses = _validate(run, state)
+                losses = _validate(run, state, step)
                 reporter.validated(step, losses)
                 save |= record.validated(step, losses["loss"])
             if record.out_of_patience(every.patience):
@@ -196,12 +196,15 @@ def _asked_to_stop(stop: signals.StopSignal, step: int, log_every: int) -> bool:
     return distributed.any_process(stop.received is not None)
 
 
-def _validate(run: Run, state: TrainState) -> dict[str, float]:
-    """Means over the valid rows of the fixed validation set."""
+def _validate(run: Run, state: TrainState, step: int) -> dict[str, float]:
+    """Means over the valid rows of the validation set."""
     assert run.programs.validate is not None
     with run.watch.charge("eval"):
         key = programs.run_key(_VALIDATION_SEED, run.mesh)
-        parts = [run.programs.validate(state, batch, key) for batch in run.validation]
+        if run.config.train.selection is Selection.REFERENCE:
+            key = jax.random.fold_in(key, step)
+        batches = run.validation(step)
+        parts = [run.programs.validate(state, batch, key) for batch in batches]
         fetched = jax.device_get(parts)
     counts = np.array([count for _, count in fetched], np.float64)
     return {

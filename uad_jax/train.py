@@ -20,7 +20,7 @@ from uad_jax import mesh as mesh_lib
 from uad_jax import progress as progress_lib
 from uad_jax import warm_start as warm_start_lib
 from uad_jax import workdir as workdir_lib
-from uad_jax.config import ExperimentConfig
+from uad_jax.config import ExperimentConfig, Selection
 from uad_jax.data import pipeline, profile, sources
 from uad_jax.loop import TrainResult
 from uad_jax.methods.base import Inputs, Method, RunShape
@@ -126,6 +126,44 @@ def finished(
     return None
 
 
+def describe(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    accept_data_change: bool = False,
+) -> tuple[sources.Store, pipeline.TrainStream, Method]:
+    """Opens data and method, and writes down in the workdir what they are.
+
+    Args:
+      config: The experiment.
+      workdir: Directory of the run.
+      mesh: The data mesh.
+      accept_data_change: Go on although the data are not those the run began with.
+
+    Raises:
+      workdir.WorkdirError: If the data have changed.
+    """
+    store = sources.Store.open(config.data.store)
+    shape = RunShape(config.total_steps, 1, config.batch_size)
+    stream = pipeline.train_stream(
+        store,
+        config.data,
+        config.method.make(shape).inputs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        mesh=mesh,
+    )
+    workdir_lib.check_fingerprint(
+        workdir, _describe_data(store, stream), accept_change=accept_data_change
+    )
+    shape = shape._replace(steps_per_epoch=stream.steps_per_epoch)
+    if distributed.is_main():
+        shapes = {"run": shape._asdict(), "batch": spec_to_json(stream.spec())}
+        workdir_lib.write_json(workdir / SHAPES, shapes)
+        _write_profile(config, workdir, store, stream)
+    return store, stream, config.method.make(shape)
+
+
 def _prepare(
     config: ExperimentConfig,
     workdir: pathlib.Path,
@@ -135,32 +173,12 @@ def _prepare(
 ) -> tuple[loop.Run, Method]:
     """Opens the data, builds the method and compiles its programs."""
     watch = progress_lib.Stopwatch()
-    store = sources.Store.open(config.data.store)
-    shape = RunShape(config.total_steps, 1, config.batch_size)
-    inputs = config.method.make(shape).inputs
-    stream = pipeline.train_stream(
-        store,
-        config.data,
-        inputs,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        mesh=mesh,
-    )
-    workdir_lib.check_fingerprint(
-        workdir, _describe_data(store, stream), accept_change=accept_data_change
-    )
-    shape = shape._replace(steps_per_epoch=stream.steps_per_epoch)
-    method = config.method.make(shape)
+    store, stream, method = describe(config, workdir, mesh, accept_data_change)
     spec = stream.spec()
-    if distributed.is_main():
-        workdir_lib.write_json(
-            workdir / SHAPES, {"run": shape._asdict(), "batch": spec_to_json(spec)}
-        )
-        _write_profile(config, workdir, store, stream)
-    validation = _validation(config, store, inputs, mesh)
+    validation = _validation(config, store, method.inputs, mesh)
     with watch.charge("compile"):
         built = programs.build(
-            method, spec, validation, mesh, _steps_per_call(config, mesh)
+            method, spec, validation(0), mesh, _steps_per_call(config, mesh)
         )
     rows = spec.valid.size
     logging.info(
@@ -224,8 +242,8 @@ def _steps_per_call(config: ExperimentConfig, mesh: Mesh) -> int:
 
 def _validation(
     config: ExperimentConfig, store: sources.Store, inputs: Inputs, mesh: Mesh
-) -> list[Batch]:
-    """The fixed validation batches: healthy volumes only; none if there are none."""
+) -> Callable[[int], list[Batch]]:
+    """Batches to validate a step on: of healthy volumes; none if there are none."""
     volumes = [
         volume
         for volume in pipeline.select(store, config.data, "val")
@@ -236,17 +254,24 @@ def _validation(
             "%s has no healthy validation volumes: nothing selects a best checkpoint.",
             config.data.store,
         )
-        return []
-    return pipeline.validation_batches(
-        store,
-        volumes,
-        inputs,
-        batch_size=config.batch_size,
-        num_slices=config.train.validation_slices,
-        seed=_VALIDATION_SEED,
-        mesh=mesh,
-        modalities=config.data.modalities,
-    )
+        return lambda step: []
+
+    def draw(num_slices: int, seed: int) -> list[Batch]:
+        return pipeline.validation_batches(
+            store,
+            volumes,
+            inputs,
+            batch_size=config.batch_size,
+            num_slices=num_slices,
+            seed=seed,
+            mesh=mesh,
+            modalities=config.data.modalities,
+        )
+
+    if config.train.selection is Selection.REFERENCE:
+        return lambda step: draw(len(volumes), _VALIDATION_SEED + step)
+    fixed = draw(config.train.validation_slices, _VALIDATION_SEED)
+    return lambda step: fixed
 
 
 def _first_state(run: loop.Run, method: Method) -> tuple[TrainState, int, loop.Record]:
