@@ -11,6 +11,8 @@
     python run.py compare     DIR DIR ... --output=DIR   runs or maps side by side
     python run.py predict     --workdir=DIR --input=SCANS --output=DIR
                                                          maps of new scans
+    python run.py import      --config=FILE --workdir=DIR --config.data.store=DIR
+                              --input=FILE               weights of another program
     python run.py bench       --config=FILE              speed of training and scoring
     python run.py env                                    versions and devices
 
@@ -57,7 +59,10 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the best."
 _STEPS = flags.DEFINE_string("steps", "", "evaluate: 'all', or 'A:B'; by_step.csv.")
 _WATCH = flags.DEFINE_bool("watch", False, "evaluate: follow a run that trains.")
 _MAPS = flags.DEFINE_string("maps", "", "evaluate: folder of maps of another tool.")
-_INPUT = flags.DEFINE_string("input", "", "predict: scan, folder or manifest.csv.")
+_INPUT = flags.DEFINE_string(
+    "input", "", "predict: scan, folder or manifest.csv; import: file of weights."
+)
+_ENTRY = flags.DEFINE_string("entry", "", "import: which model of the file, 'ema'.")
 _OUTPUT = flags.DEFINE_string(
     "output", "", "predict, compare: folder of the results; bench: JSON file."
 )
@@ -131,13 +136,7 @@ def _train() -> int:
     _need("config", "workdir")
     if _DISTRIBUTED.value:
         distributed.initialize()
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
-    if not config.data.store:
-        raise ValueError(
-            "There are no data to train on: give --config.data.store=DIR, where DIR is "
-            "the --store of `run.py prepare`."
-        )
-    config.source = config_flags.get_config_filename(flags.FLAGS["config"])
+    config, workdir = _new_experiment(), pathlib.Path(_WORKDIR.value)
     if config.train.evaluate_every:
         evaluation.check_sets(config)
     result = train.train(
@@ -151,6 +150,28 @@ def _train() -> int:
     if evaluate.calibrate(config, workdir):
         print(f"Trained. Next: python run.py evaluate --workdir={workdir}")
     return 0
+
+
+def _new_experiment() -> Any:
+    """The config of a run that is to be made."""
+    config = _CONFIG.value
+    if not config.data.store:
+        raise ValueError(
+            "There are no data to train on: give --config.data.store=DIR, where DIR is "
+            "the --store of `run.py prepare`."
+        )
+    config.source = config_flags.get_config_filename(flags.FLAGS["config"])
+    return config
+
+
+def _import() -> None:
+    from uad_jax import importing
+
+    _need("config", "workdir", "input")
+    workdir = pathlib.Path(_WORKDIR.value)
+    path = pathlib.Path(_INPUT.value)
+    importing.import_weights(_new_experiment(), path, workdir, entry=_ENTRY.value)
+    print(f"Imported. Next: python run.py evaluate --workdir={workdir}")
 
 
 def _evaluate() -> None:
@@ -313,6 +334,7 @@ _MODES = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "import": _import,
     "bench": _bench,
     "env": _env,
 }

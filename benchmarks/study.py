@@ -1,13 +1,15 @@
-r"""Trains and evaluates AE, spatial AE and VAE over modalities and seeds.
+r"""Trains and evaluates methods of two cores over modalities and seeds.
 
-    python benchmarks/autoencoder_study.py --root=runs/study              # synthetic
-    python benchmarks/autoencoder_study.py --root=runs/ixi --source=MANIFEST.csv \
+    python benchmarks/study.py --root=runs/study                          # synthetic
+    python benchmarks/study.py --root=runs/ixi --source=MANIFEST.csv \
         --sets=mslub=MSLUB_MANIFEST.csv,tcga=TCGA_MANIFEST.csv    # real scans
 
-Finished runs are skipped, so it can be stopped and started again. Afterwards
+All train with the same number of steps of batch 16, and so see as many slices. Finished
+runs are skipped, so it can be stopped and started again. Afterwards
 `docs/render_results.py` collects the results and renders the tables.
 """
 
+import importlib
 import pathlib
 import sys
 
@@ -15,7 +17,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from configs import autoencoder
+from uad_jax import config as config_lib
 from uad_jax import evaluate, prepare, runtime, train
 from uad_jax.config import EvaluationSet
 from uad_jax.data import cohort
@@ -24,10 +26,20 @@ _ROOT = flags.DEFINE_string("root", "runs/study", "Directory of cohort, store, r
 _SOURCE = flags.DEFINE_string("source", "", "Manifest of real scans; else synthetic.")
 _SETS = flags.DEFINE_list("sets", [], "NAME=MANIFEST of further scans to test on.")
 _MODALITIES = flags.DEFINE_list("modalities", ["flair", "t2", "t1"], "Modalities.")
-_VARIANTS = flags.DEFINE_list("variants", ["vae", "ae", "ae_spatial"], "Methods.")
+_METHODS = flags.DEFINE_list("methods", ["vae", "ae", "ddpm", "pddpm"], "Methods.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Optimiser steps of batch 16.")
 
+# Name -> config file and argument.
+CONFIGS = {
+    "ae": ("autoencoder", "variant=ae,cpu"),
+    "ae_spatial": ("autoencoder", "variant=ae_spatial,cpu"),
+    "vae": ("autoencoder", "variant=vae,cpu"),
+    "ddpm": ("ddpm", "cpu"),
+    "pddpm": ("pddpm", "cpu"),
+    "cddpm": ("cddpm", "cpu"),
+    "anoddpm": ("ddpm", "anoddpm,cpu"),
+}
 # Fixed before the first model was trained on it.
 COHORT = cohort.CohortConfig(
     seed=0,
@@ -51,20 +63,22 @@ def main(argv: list[str]) -> None:
         prepare.prepare(manifest, root / name, "grid2mm")
     for seed in map(int, _SEEDS.value):
         for modality in _MODALITIES.value:
-            for variant in _VARIANTS.value:
-                _run(root, modality, variant, seed)
+            for name in _METHODS.value:
+                _run(root, modality, name, seed)
 
 
 def _sets() -> dict[str, str]:
     return dict(one.split("=", 1) for one in _SETS.value)
 
 
-def _run(root: pathlib.Path, modality: str, variant: str, seed: int) -> None:
-    workdir = root / f"{modality}-{variant}-{seed}"
+def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
+    workdir = root / f"{modality}-{name}-{seed}"
     if (workdir / "results" / "test.json").exists():
         return
-    config = autoencoder.get_config(f"variant={variant},cpu")
-    config.name = variant
+    file, argument = CONFIGS[name]
+    module = importlib.import_module(f"configs.{file}")
+    config: config_lib.ExperimentConfig = module.get_config(argument)
+    config.name = name
     config.seed = seed
     config.total_steps = _STEPS.value
     config.train.eval_every = config.train.save_every = max(_STEPS.value // 10, 1)
@@ -72,10 +86,10 @@ def _run(root: pathlib.Path, modality: str, variant: str, seed: int) -> None:
         config.evaluation.sets = {
             "val": EvaluationSet(split="val"),
             "test": EvaluationSet(),
-        } | {name: EvaluationSet(store=str(root / name)) for name in _sets()}
+        } | {other: EvaluationSet(store=str(root / other)) for other in _sets()}
     config.data.store = str(root / "store")
     config.data.modalities = modality
-    config.source = f"configs/autoencoder.py:variant={variant},cpu"
+    config.source = f"configs/{file}.py:{argument}"
     train.train(config, workdir, progress=False)
     evaluate.evaluate(config, workdir, progress=False)
 

@@ -227,7 +227,7 @@ def _add_step(
 
 
 def _row(context: Context, results: Mapping[str, Any]) -> Row:
-    training = results["run"]["training"]
+    training = results["run"]["training"] or {}  # of imported weights nothing is known
     losses = [
         line["validation/loss"]
         for line in writer.read_metrics(context.workdir)
@@ -241,8 +241,8 @@ def _row(context: Context, results: Mapping[str, Any]) -> Row:
     return {
         "set": context.name,
         "step": context.step,
-        "slices_seen": training["slices_seen"],
-        "train_seconds": training["train_seconds"],
+        "slices_seen": training.get("slices_seen", ""),
+        "train_seconds": training.get("train_seconds", ""),
         "validation_loss": losses[-1] if losses else "",
         **figures,
         "fingerprint": results["set"]["fingerprint"],

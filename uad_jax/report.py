@@ -289,6 +289,10 @@ def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Evaluated in", f"{whole} ({seconds})" if seconds else whole))
     licences = "; ".join(facts.get("licences") or ()) or "not stated"
     rows.append(("Data licences", licences))
+    if run.get("imported"):
+        weights = run["imported"]
+        short = weights["sha256"][:_FINGERPRINT]
+        rows.append(("Weights", f"imported from {weights['file']} (SHA-256 {short})"))
     return [row for row in rows if row[1]]
 
 

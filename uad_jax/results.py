@@ -57,12 +57,16 @@ def run_facts(context: Context) -> dict[str, Any]:
     if config is None or context.step is None:
         return facts
     lines = writer.read_metrics(context.workdir)
+    path = context.workdir / workdir_lib.IMPORTED
+    imported = workdir_lib.read_json(path) if path.is_file() else None
+    state = training_state.training_state(config, context.step, lines)
     return facts | {
         "source": "checkpoint",
         "method": type(config.method).__name__,
         "seed": config.seed,
         "config": without_folders(config_lib.to_dict(config)),
-        "training": training_state.training_state(config, context.step, lines),
+        "imported": imported,
+        "training": None if imported else state,  # nobody knows how it was trained
     }
 
 

@@ -21,6 +21,7 @@ CONFIG = "config.json"
 ENVIRONMENT = "env.json"
 FINGERPRINT = "data_fingerprint.json"
 PROFILE = "data_profile.json"  # which modalities the model knows, and their look
+IMPORTED = "imported.json"  # which file of another program the weights are from
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
 
