@@ -1,6 +1,7 @@
 """Collects results of runs and renders the tables of the docs from them.
 
     python docs/render_results.py --add=synthetic runs/study/*/     # collect
+    python docs/render_results.py --pairs=diffusion_t2 COMPARE_DIR  # of run.py compare
     python docs/render_results.py                                   # render only
 
 Collected JSON files lie in `docs/results/<family>/` and are committed. Tables stand
@@ -42,6 +43,17 @@ def collect(family: str, workdirs: list[pathlib.Path]) -> None:
             name = f"{workdir.name}_{path.name}"
             text = json.dumps(_rounded(slim), indent=1, sort_keys=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def collect_pairs(name: str, folder: pathlib.Path) -> None:
+    """Copies the paired comparisons of methods that `run.py compare` wrote."""
+    found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    slim = {key: found[key] for key in ("group_pairs", "set", "notes")}
+    slim["members"] = {key: one["members"] for key, one in found["groups"].items()}
+    target = DOCS / "results" / "pairs"
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_rounded(slim), indent=1, sort_keys=True)
+    (target / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:
@@ -193,6 +205,31 @@ def _case_row(name: str, runs: list[dict[str, Any]], scorer: str = "") -> list[s
     return [name, *(_spread([score.get(key) for score in scores]) for key in keys)]
 
 
+def pair_table(name: str) -> str:
+    """Paired differences between methods, over patients, each the mean of its runs."""
+    path = DOCS / "results" / "pairs" / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    facts = found["set"]
+    head = ["first", "second", "figure", "first mean", "second mean", "difference"]
+    head += ["relative", "95 % interval", "p (Holm)", "patients", "verdict"]
+    rows = []
+    for pair in found["group_pairs"]:
+        low, high = pair["interval"] or (None, None)
+        relative = pair["difference"] / pair["second_mean"]
+        cells = [pair["first"], pair["second"], pair["heading"]]
+        cells += [_number(pair[key]) for key in ("first_mean", "second_mean")]
+        cells += [f"{pair['difference']:+.3f}", f"{100 * relative:+.0f} %"]
+        cells += ["-" if low is None else f"[{low:+.3f}, {high:+.3f}]"]
+        cells += [_number(pair["p_holm"]), str(pair["num_patients"])]
+        rows.append([*cells, "; ".join([pair["verdict"], *pair["notes"]])])
+    caption = (
+        f"{'+'.join(facts['modalities']).upper()}, {facts['data_kind']}, split "
+        f"{facts['split']}, protocol `{facts['protocol']}`: paired over patients, "
+        "permutation test."
+    )
+    return caption + "\n\n" + _markdown(head, rows)
+
+
 def sham_table(results: list[dict[str, Any]]) -> str:
     """Mean score inside the mask, implants against their shams."""
     head = ["", "pairs", "implant", "sham", "difference", "95 % interval"]
@@ -292,6 +329,8 @@ TABLES = {
     "real-shams": lambda: sham_table(load("real", "test")),
     "real-mslub": lambda: case_table(load("real", "mslub")),
     "real-tcga": lambda: case_table(load("real", "tcga")),
+    "synthetic-diffusion-pairs": lambda: pair_table("synthetic_diffusion"),
+    "real-diffusion-pairs": lambda: pair_table("real_diffusion"),
 }
 
 
@@ -315,8 +354,11 @@ def render() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--add", metavar="FAMILY", help="synthetic or real")
+    parser.add_argument("--pairs", metavar="NAME", help="of a folder of run.py compare")
     parser.add_argument("workdirs", nargs="*", type=pathlib.Path)
     arguments = parser.parse_args()
     if arguments.add:
         collect(arguments.add, arguments.workdirs)
+    if arguments.pairs:
+        collect_pairs(arguments.pairs, *arguments.workdirs)
     render()

@@ -26,6 +26,7 @@ FLOORS = {
     "uad_jax.optim": 2,
     "uad_jax.methods": 3,
     "uad_jax.denoising": 3,
+    "uad_jax.noising": 3,
     "uad_jax.denoising_config": 2,
     "uad_jax.checkpoint": 3,
     "uad_jax.writer": 3,

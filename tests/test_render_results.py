@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import pathlib
 import types
 from typing import Any
@@ -120,3 +121,35 @@ def test_validation_and_test_scans_have_rows_of_their_own(
     assert "| vae | test | 1 |" in table
     assert "| vae | val | 1 |" in table
     assert "0.0700" in table
+
+
+def test_pairs_are_collected_and_shown_with_their_relative_difference(
+    render: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "DOCS", tmp_path / "docs")
+    pair = {
+        "first": "pddpm (3 runs)",
+        "second": "ddpm (3 runs)",
+        "heading": "AP",
+        "first_mean": 0.15,
+        "second_mean": 0.12,
+        "difference": 0.03,
+        "interval": [0.01, 0.05],
+        "p_holm": 0.02,
+        "num_patients": 24,
+        "verdict": "above",
+        "notes": ["undertrained: no claim about the method"],
+    }
+    facts = {"modalities": ["t2"], "data_kind": "synthetic", "split": "test"}
+    found = {
+        "group_pairs": [pair],
+        "set": {**facts, "protocol": "behrendt"},
+        "notes": [],
+        "groups": {"pddpm (3 runs)": {"members": ["a", "b", "c"], "metrics": {}}},
+    }
+    (tmp_path / "compare.json").write_text(json.dumps(found))
+    render.collect_pairs("one", tmp_path)
+    table = render.pair_table("one")
+    assert "T2, synthetic, split test, protocol `behrendt`" in table
+    row = "| pddpm (3 runs) | ddpm (3 runs) | AP | 0.150 | 0.120 | +0.030 | +25 % |"
+    assert f"{row} [+0.010, +0.050] | 0.020 | 24 | above; undertrained" in table

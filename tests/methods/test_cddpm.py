@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import denoisers
-from uad_jax import denoising, types
+from uad_jax import denoising, noising, types
 from uad_jax.methods import base, cddpm
 from uad_jax.ops import augment, diffusion, losses
 
@@ -64,7 +64,7 @@ def test_validation_loss_by_hand() -> None:
         params = {"params": model.params["denoiser"]}
         return jnp.asarray(network.apply(params, xt, t, condition))
 
-    example = denoising.noised(config.process, batch, KEY)
+    example = noising.noised(config.process, batch, KEY)
     # The encoder sees the slice in [0, 1], the target is in [-1, 1].
     output = prediction(example.xt, example.t, batch.image)
     expected = np.abs(np.asarray(output - (2 * batch.image - 1))).mean()

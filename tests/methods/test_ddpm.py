@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import denoisers
-from uad_jax import denoising, denoising_config, types
+from uad_jax import denoising, denoising_config, noising, types
 from uad_jax.methods import base, ddpm
 from uad_jax.ops import diffusion, losses, noise, residuals
 
@@ -73,22 +73,20 @@ def test_loss_by_hand(
 def test_training_steps_stay_below_their_limit() -> None:
     process = dataclasses.replace(CONFIG.process, train_steps=7)
     batch = denoisers.batch(64)
-    t = denoising.noised(process, batch, jax.random.key(0)).t
+    t = noising.noised(process, batch, jax.random.key(0)).t
     assert set(np.asarray(t)) == set(range(7))
 
 
 def test_noise_of_a_row_does_not_depend_on_its_place() -> None:
     batch, key = denoisers.batch(), jax.random.key(3)
     order = np.array([2, 0, 3, 1])
-    whole = denoising.noised(CONFIG.process, batch, key)
-    other = denoising.noised(
-        CONFIG.process, jax.tree.map(lambda x: x[order], batch), key
-    )
+    whole = noising.noised(CONFIG.process, batch, key)
+    other = noising.noised(CONFIG.process, jax.tree.map(lambda x: x[order], batch), key)
     np.testing.assert_array_equal(whole.t[order], other.t)
     np.testing.assert_array_equal(whole.xt[order], other.xt)
     same = dataclasses.replace(batch, image=jnp.zeros_like(batch.image))
     first_step = dataclasses.replace(CONFIG.process, train_steps=1)
-    xt = denoising.noised(first_step, same, key).xt
+    xt = noising.noised(first_step, same, key).xt
     assert all((xt[n] != xt[m]).any() for n in range(4) for m in range(n))
 
 
@@ -97,7 +95,7 @@ def test_shared_noise_is_one_field_for_the_batch_and_one_per_volume(
 ) -> None:
     config = _with(CONFIG, "process", shared_noise=True, num_steps=1, train_steps=1)
     batch = denoisers.batch()
-    example = denoising.noised(config.process, batch, jax.random.key(0))
+    example = noising.noised(config.process, batch, jax.random.key(0))
     field = example.xt - jnp.sqrt(1 - 0.999) * example.x0
     np.testing.assert_allclose(field, np.broadcast_to(field[:1], (4, 16, 16, 1)), 1e-4)
 

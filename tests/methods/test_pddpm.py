@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import denoisers
-from uad_jax import denoising, types
+from uad_jax import denoising, noising, types
 from uad_jax.methods import base, pddpm
 from uad_jax.ops import diffusion, noise, patches
 
@@ -46,7 +46,7 @@ def _one_box(
     """Images, and the images with one box denoised by the noise of scoring."""
     image, _, keys = _slices()
     steps = jnp.full((3, 1), t)
-    rows, t_rows, eps = denoising.for_each_step(config.process, image, keys, steps)
+    rows, t_rows, eps = noising.for_each_step(config.process, image, keys, steps)
     where = jnp.broadcast_to(jnp.asarray(inside), (3, 16, 16, 1))
     return image, pddpm.denoise_box(config, {}, rows, where, t_rows, eps)
 
@@ -128,7 +128,7 @@ def test_loss_is_the_mean_error_inside_the_box(boxes: pddpm.Boxes) -> None:
     batch, key = denoisers.batch(), jax.random.key(3)
     value, (_, scalars) = pddpm.loss(config, {}, {}, batch, key)
     assert scalars == {}
-    example = denoising.noised(config.process, batch, key)
+    example = noising.noised(config.process, batch, key)
     inside = pddpm.training_boxes(config, example.keys, batch.image.shape)
     rows = []
     for n in range(4):
@@ -155,7 +155,7 @@ def test_boxes_follow_the_row_and_all_occur() -> None:
     assert len(np.unique(np.asarray(inside).reshape(64, -1), axis=0)) == 4
     # Step, noise and box of a row are drawn from different keys.
     batch = denoisers.batch()
-    example = denoising.noised(CONFIG.process, batch, jax.random.key(0))
+    example = noising.noised(CONFIG.process, batch, jax.random.key(0))
     rows = base.sample_keys(jax.random.key(0), batch.uid, batch.slice_index)
     data = jax.random.key_data
     assert (data(example.keys) != data(rows)).any()

@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from uad_jax import denoising, denoising_config, optim
+from uad_jax import denoising, denoising_config, noising, optim
 from uad_jax.methods import base
 from uad_jax.nn import resnet
 from uad_jax.ops import augment as augment_lib
@@ -27,7 +27,7 @@ from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 ENCODER = "encoder"  # its name in the parameters
 _STATISTICS = "batch_stats"
-# `denoising.noised` uses the draws 0 to 2 of a row.
+# `noising.noised` uses the draws 0 to 2 of a row.
 _AUGMENT, _DROP_PATH = 3, 4
 
 
@@ -165,7 +165,7 @@ def loss(
         mutable=[_STATISTICS],
     )
     denoise = denoising.denoiser(config, params, batch.image.shape, condition)
-    value = denoising.mean_error(config.process, denoise, batch, key)
+    value = noising.mean_error(config.process, denoise, batch, key)
     return value, ({ENCODER: dict(updates)}, {})
 
 
@@ -180,7 +180,7 @@ def validation_loss(
     model = ModelState(params=params, collections=collections)
     condition = encode(config, model, batch.image)
     denoise = denoising.denoiser(config, params, batch.image.shape, condition)
-    value = denoising.mean_error(config.process, denoise, batch, key)
+    value = noising.mean_error(config.process, denoise, batch, key)
     return value, (collections, {})
 
 
@@ -190,48 +190,28 @@ def encode(config: CddpmConfig, model: ModelState, image: Array) -> Array:
     return jnp.asarray(_encoder(config).apply(variables, image))
 
 
-def reconstruct_slices(
-    config: CddpmConfig, model: ModelState, image: Array, mask: Array, keys: Array
+def reconstruct_from(
+    config: CddpmConfig, model: ModelState, image: Array, keys: Array, steps: Array
 ) -> Array:
-    """Reconstructs slices once from each test step.
+    """Reconstructs images from all their steps in one call.
 
     Args:
       config: The model.
       model: Its parameters and statistics.
       image: [N, H, W, C] float32.
-      mask: [N, H, W, 1] bool; not used, the evaluator masks.
-      keys: One key per slice, [N].
+      keys: [N].
+      steps: [N, E] int32.
 
     Returns:
-      [N, E, H, W, C] float32 for E test steps.
+      [N, E, H, W, C] float32.
     """
-    steps = denoising.noise_steps(config.process, config.scoring, len(image))
-    return _reconstruct_from(config, model, image, keys, steps)
-
-
-def reconstruct(
-    config: CddpmConfig,
-    model: ModelState,
-    image: Array,
-    mask: Array,
-    key: Key,
-    strength: float | Array | None = None,
-) -> Array:
-    """Pseudo-healthy version of slices; arguments as in `pddpm.reconstruct`."""
-    keys = denoising.image_keys(config.process, key, len(image))
-    args = config.process, config.scoring, len(image), strength
-    steps = denoising.noise_steps(*args)
-    return _reconstruct_from(config, model, image, keys, steps).mean(axis=1)
-
-
-def _reconstruct_from(
-    config: CddpmConfig, model: ModelState, image: Array, keys: Array, steps: Array
-) -> Array:
-    """Reconstructs [N, H, W, C] from steps [N, E]: [N, E, H, W, C]."""
     # Once per image: all its steps share the condition.
     condition = jnp.repeat(encode(config, model, image), steps.shape[1], axis=0)
     denoise = denoising.denoiser(config, model.params, image.shape, condition)
     return denoising.reconstruct_once(config.process, denoise, image, keys, steps)
+
+
+reconstruct_slices, reconstruct = denoising.reconstruct_by(reconstruct_from)
 
 
 def _encoder(config: CddpmConfig) -> resnet.ConditionEncoder:

@@ -14,7 +14,7 @@ import enum
 
 import jax.numpy as jnp
 
-from uad_jax import denoising, denoising_config, optim
+from uad_jax import denoising, denoising_config, noising, optim
 from uad_jax.methods import base
 from uad_jax.ops import diffusion
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
@@ -110,7 +110,7 @@ def loss(
       The loss [] and (collections, no scalars).
     """
     denoise = denoising.denoiser(config, params, batch.image.shape)
-    value = denoising.mean_error(config.process, denoise, batch, key)
+    value = noising.mean_error(config.process, denoise, batch, key)
     return value, (collections, {})
 
 
@@ -136,7 +136,7 @@ def reconstruct_slices(
         starts = config.scoring.test_steps
         outputs = [_chain(config, model, image, keys, start) for start in starts]
         return jnp.stack(outputs, axis=1)
-    steps = denoising.noise_steps(config.process, config.scoring, len(image))
+    steps = noising.noise_steps(config.process, config.scoring, len(image))
     return _one_step(config, model, image, keys, steps)
 
 
@@ -166,19 +166,19 @@ def reconstruct(
       ValueError: If a strength that is a number is out of range.
       TypeError: If a chain is given an array.
     """
-    keys = denoising.image_keys(config.process, key, len(image))
+    keys = noising.image_keys(config.process, key, len(image))
     if strength is None:
         return reconstruct_slices(config, model, image, mask, keys).mean(axis=1)
     if config.way is Way.ONE_STEP:
         args = config.process, config.scoring, len(image), strength
-        steps = denoising.noise_steps(*args)
+        steps = noising.noise_steps(*args)
         return _one_step(config, model, image, keys, steps)[:, 0]
     if not isinstance(strength, float | int):
         raise TypeError(
             f"strength is a {type(strength).__name__}, but the length of a chain must "
             "be known when it is compiled. Pass a number."
         )
-    start = denoising.strength_step(config.process, strength)
+    start = noising.strength_step(config.process, strength)
     return _chain(config, model, image, keys, start)
 
 
@@ -208,11 +208,11 @@ def _chain(
     clean = diffusion.restore(
         denoising.denoiser(config, model.params, image.shape),
         chain,
-        denoising.to_signed(image),
+        noising.to_signed(image),
         diffusion.fold_in(keys, start),
         config.process.make_noise(image.shape),
     )
-    return denoising.from_signed(clean)
+    return noising.from_signed(clean)
 
 
 def _limit(config: DdpmConfig) -> float | None:

@@ -19,7 +19,7 @@ import functools
 
 import jax.numpy as jnp
 
-from uad_jax import denoising, denoising_config, optim
+from uad_jax import denoising, denoising_config, noising, optim
 from uad_jax.methods import base
 from uad_jax.ops import diffusion, patches
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
@@ -128,7 +128,7 @@ def loss(
     """
     denoise = denoising.denoiser(config, params, batch.image.shape)
     region = functools.partial(training_boxes, config)
-    value = denoising.mean_error(config.process, denoise, batch, key, region)
+    value = noising.mean_error(config.process, denoise, batch, key, region)
     return value, (collections, {})
 
 
@@ -164,70 +164,31 @@ def denoise_box(
       the image to the bit.
     """
     schedule, kind = config.process.make_schedule(), config.process.prediction
-    x0 = denoising.to_signed(image)
+    x0 = noising.to_signed(image)
     seen = jnp.where(inside, diffusion.q_sample(schedule, x0, t, eps), x0)
     denoise = denoising.denoiser(config, params, image.shape)
     clean = diffusion.to_x0(schedule, kind, denoise(seen, t), seen, t)
-    return jnp.where(inside, denoising.from_signed(clean), image)
+    return jnp.where(inside, noising.from_signed(clean), image)
 
 
-def reconstruct_slices(
-    config: PddpmConfig, model: ModelState, image: Array, mask: Array, keys: Array
-) -> Array:
-    """Reconstructs slices once from each test step, all boxes in one call.
-
-    Args:
-      config: The model.
-      model: Its parameters.
-      image: [N, H, W, C] float32.
-      mask: [N, H, W, 1] bool; not used, the evaluator masks.
-      keys: One key per slice, [N]; all its boxes share the noise of a test step.
-
-    Returns:
-      [N, E, H, W, C] float32 for E test steps.
-    """
-    steps = denoising.noise_steps(config.process, config.scoring, len(image))
-    return _reconstruct_from(config, model, image, keys, steps)
-
-
-def reconstruct(
-    config: PddpmConfig,
-    model: ModelState,
-    image: Array,
-    mask: Array,
-    key: Key,
-    strength: float | Array | None = None,
-) -> Array:
-    """Pseudo-healthy version of slices.
-
-    Args:
-      config: The model.
-      model: Its parameters.
-      image: [N, H, W, C] float32.
-      mask: [N, H, W, 1] bool; not used.
-      key: Key of the noise.
-      strength: Share of the schedule to noise to, in (0, 1], [] or [N]; None = as in
-        scoring, the mean over the ensemble.
-
-    Returns:
-      [N, H, W, C] float32.
-
-    Raises:
-      ValueError: If a strength that is a number is out of range.
-    """
-    keys = denoising.image_keys(config.process, key, len(image))
-    args = config.process, config.scoring, len(image), strength
-    steps = denoising.noise_steps(*args)
-    return _reconstruct_from(config, model, image, keys, steps).mean(axis=1)
-
-
-def _reconstruct_from(
+def reconstruct_from(
     config: PddpmConfig, model: ModelState, image: Array, keys: Array, steps: Array
 ) -> Array:
-    """Reconstructs [N, H, W, C] from steps [N, E]: [N, E, H, W, C]."""
+    """Reconstructs images from all their steps, all boxes in one call.
+
+    Args:
+      config: The model.
+      model: Its parameters.
+      image: [N, H, W, C] float32.
+      keys: [N]; all boxes of an image share the noise of a step.
+      steps: [N, E] int32.
+
+    Returns:
+      [N, E, H, W, C] float32.
+    """
     boxes = grid(config, image.shape)
     ensemble, count = steps.shape[1], len(boxes.corners)
-    rows, t, eps = denoising.for_each_step(config.process, image, keys, steps)
+    rows, t, eps = noising.for_each_step(config.process, image, keys, steps)
 
     def each_box(x: Array) -> Array:
         return jnp.repeat(x, count, axis=0)
@@ -239,3 +200,6 @@ def _reconstruct_from(
     outputs = outputs.reshape(-1, count, *image.shape[1:])
     joined = patches.blend(outputs, boxes, config.overlap)
     return joined.reshape(-1, ensemble, *image.shape[1:])
+
+
+reconstruct_slices, reconstruct = denoising.reconstruct_by(reconstruct_from)
