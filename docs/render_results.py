@@ -20,6 +20,7 @@ import numpy as np
 DOCS = pathlib.Path(__file__).resolve().parent
 KEPT = ("scorers", "groups", "comparison", "healthy_reconstruction", "counts", "set")
 KEPT += ("unprocessed", "cases", "sham", "operating", "pooled")
+_RENAMED = {"prevalence": "constant map"}  # the erosion lifts it above the prevalence
 
 
 def collect(family: str, workdirs: list[pathlib.Path]) -> None:
@@ -30,7 +31,7 @@ def collect(family: str, workdirs: list[pathlib.Path]) -> None:
         for path in sorted((workdir / "results").glob("*.json")):
             results = json.loads(path.read_text(encoding="utf-8"))
             run = results["run"]
-            slim = {key: results[key] for key in KEPT if key in results}
+            slim = _renamed({key: results[key] for key in KEPT if key in results})
             slim["run"] = {
                 key: run[key] for key in ("name", "seed", "step", "training")
             } | {
@@ -54,6 +55,13 @@ def collect_pairs(name: str, folder: pathlib.Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_rounded(slim), indent=1, sort_keys=True)
     (target / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _renamed(value: Any) -> Any:
+    """Gives the scorers of older results the names that they have today."""
+    if isinstance(value, dict):
+        return {_RENAMED.get(key, key): _renamed(one) for key, one in value.items()}
+    return [_renamed(one) for one in value] if isinstance(value, list) else value
 
 
 def _rounded(value: Any) -> Any:
@@ -238,7 +246,7 @@ def sham_table(results: list[dict[str, Any]]) -> str:
         rows.append(_sham_row(name, [run["sham"][name] for run in runs]))
     own = {run["run"]["name"] for run in results}
     for name, row in results[0]["sham"].items():
-        if name not in own and name != "prevalence":
+        if name not in own and name != "constant map":
             rows.append(_sham_row(name, [row]))
     return _markdown(head, rows)
 

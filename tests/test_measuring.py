@@ -5,11 +5,13 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
+from tests import fresh
 from tests.test_scoring import GRID, _info
 from uad_jax import measuring
 from uad_jax.measuring import Scale, Wanted
-from uad_jax.metrics import voxel
+from uad_jax.metrics import baselines, postprocess, voxel
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.scoring import Stage, VolumeArrays
 
@@ -18,7 +20,7 @@ PROCESSED = Stage.PROCESSED
 
 
 def _arrays(*, constant: bool = False) -> VolumeArrays:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     shape = GRID[:3]
     brain = np.zeros(shape, bool)
     brain[:, 4:-4, 4:-4] = True
@@ -84,6 +86,51 @@ def test_fault_D2_a_constant_map_scores_the_prevalence() -> None:
     ).result
     assert result.ap == pytest.approx(arrays.lesion.sum() / arrays.brain.sum())
     assert result.auroc == 0.5
+
+
+def _blob(rng: np.random.Generator, shape: tuple[int, ...], share: float) -> np.ndarray:
+    """This share of the voxels: a column with a random edge, bool."""
+    field = scipy.ndimage.gaussian_filter(rng.normal(size=shape), 1.5)
+    _, y, x = np.indices(shape) - (np.array(shape) / 2)[:, None, None, None]
+    far = np.hypot(y, x) + 3 * field / field.std()
+    return far < np.quantile(far, share)
+
+
+def test_fault_D2_erosion_lifts_a_constant_map_above_the_prevalence() -> None:
+    rng = fresh.rng()
+    shape = (GRID[0], 56, 56)  # two iterations of erosion
+    lesion = _blob(rng, shape, 0.03)
+    brain = _blob(rng, shape, 0.5) | lesion
+    lesion |= brain & (rng.random(shape) < 0.005)  # a little of it in the rim
+    processed, eroded = postprocess.postprocess(
+        baselines.constant(rng.random(shape), brain)[None],
+        brain[None],
+        np.ones((1, shape[0]), bool),
+        Protocol.BEHRENDT,
+    )
+    arrays = _arrays()._replace(
+        brain=brain,
+        lesion=lesion,
+        maps={PROCESSED: (np.asarray(processed[0]), np.asarray(eroded[0]))},
+    )
+    found = measuring.measure(
+        _info(1), arrays, PROCESSED, Protocol.BEHRENDT, measuring.UNSCALED, ALL
+    ).result
+
+    # Two levels of score: what the erosion leaves, and below it the rim.
+    cross = scipy.ndimage.generate_binary_structure(2, 1)
+    inner = np.stack([scipy.ndimage.binary_erosion(one, cross, 2) for one in brain])
+    rim = brain & ~inner
+    prevalence = lesion.sum() / brain.sum()
+    share_inside = lesion[inner].mean()  # the precision of the upper level
+    recall = lesion[inner].sum() / lesion.sum()
+    assert found.ap == pytest.approx(recall * share_inside + (1 - recall) * prevalence)
+    healthier = rim[~lesion].sum() / (brain & ~lesion).sum()
+    assert found.auroc == pytest.approx((1 + recall - (1 - healthier)) / 2)
+    # The rim is healthier than the rest, and that is all the map has.
+    assert lesion[rim].mean() < share_inside
+    assert found.ap > prevalence
+    assert found.auroc > 0.5
 
 
 def test_histogram_counts_the_scored_voxels_once() -> None:

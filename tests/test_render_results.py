@@ -153,3 +153,34 @@ def test_pairs_are_collected_and_shown_with_their_relative_difference(
     assert "T2, synthetic, split test, protocol `behrendt`" in table
     row = "| pddpm (3 runs) | ddpm (3 runs) | AP | 0.150 | 0.120 | +0.030 | +25 % |"
     assert f"{row} [+0.010, +0.050] | 0.020 | 24 | above; undertrained" in table
+
+
+def test_scorers_of_older_results_get_the_names_of_today(
+    render: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "DOCS", tmp_path / "docs")
+    found = _run(0)
+    found["scorers"]["prevalence"] = found["scorers"]["raw"] | {
+        "prevalence_pooled": 0.1
+    }
+    found["cases"] = {"one": {"prevalence": 0.2}}
+    found["run"] |= {
+        "step": 1,
+        "environment": {"commit": "abc", "device_kind": "cpu"},
+        "config": {"source": "", "batch_size": 1},
+        "data_fingerprint": "",
+    }
+    (tmp_path / "run" / "results").mkdir(parents=True)
+    (tmp_path / "run" / "results" / "test.json").write_text(json.dumps(found))
+    render.collect("some", [tmp_path / "run"])
+    (kept,) = render.load("some")
+    assert set(kept["scorers"]) == {"atlas-z", "raw", "vae", "constant map"}
+    assert kept["scorers"]["constant map"]["prevalence_pooled"] == 0.1
+    assert kept["cases"] == {"one": {"constant map": 0.2}}
+
+
+def test_the_committed_results_know_no_scorer_called_prevalence() -> None:
+    paths = list((ROOT / "docs" / "results").rglob("*.json"))
+    assert paths
+    old = [path.name for path in paths if '"prevalence"' in path.read_text()]
+    assert old == []

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import skimage.metrics
 
-from tests import stores
+from tests import fresh, stores
 from uad_jax import mesh as mesh_lib
 from uad_jax import scoring
 from uad_jax.data import sources
@@ -89,7 +89,7 @@ def test_reconstruction_errors_equal_a_loop_over_slices(
     mesh1: jax.sharding.Mesh,
 ) -> None:
     volumes, labels = _batch(mesh1)
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     shift = rng.normal(0, 0.05, volumes.image.shape).astype(np.float32)
 
     def score(model: ModelState, volumes: Volumes, key: jax.Array) -> Scores:

@@ -33,8 +33,8 @@ def test_inverted_ranks_the_reverse_of_raw() -> None:
     np.testing.assert_array_equal(up, down[::-1])
 
 
-def test_prevalence_is_constant() -> None:
-    assert len(np.unique(baselines.prevalence(*_pair(0)))) == 1
+def test_the_constant_map_is_constant() -> None:
+    assert len(np.unique(baselines.constant(*_pair(0)))) == 1
 
 
 def test_thresh_makes_the_histogram_flat_and_keeps_the_order() -> None:

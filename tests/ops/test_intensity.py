@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import fresh
 from uad_jax.ops import intensity
 
 
 def test_decode_inverts_encode_to_half_a_step() -> None:
-    image = np.random.default_rng().uniform(-0.5, 1.5, (5, 7)).astype(np.float32)
+    image = fresh.rng().uniform(-0.5, 1.5, (5, 7)).astype(np.float32)
     codes, clipped = intensity.encode(image)
     assert codes.dtype == np.uint16
     assert clipped == 0
