@@ -110,6 +110,25 @@ def test_a_group_has_mean_and_spread_of_its_runs(
     assert group["training"]["slices_seen"] == 1000
 
 
+def test_the_interval_of_a_group_holds_its_estimate_when_patients_are_unequal(
+    tmp_path: pathlib.Path,
+) -> None:
+    values = {f"s{n:02d}": 0.2 if n < 15 else 0.9 - 0.05 * (n - 15) for n in range(20)}
+    patients = {name: "big" if name < "s15" else name for name in values}
+    folders = [
+        fake_run(tmp_path / f"s{seed}", values, seed=seed, patients=patients)
+        for seed in (0, 1)
+    ]
+    result = compare.compare(folders, tmp_path / "out", num_samples=200)
+    for group in result["groups"].values():
+        estimate = group["metrics"]["ap_volume_mean"]
+        low, high = group["metrics"]["ap_volume_mean_interval"]
+        assert estimate == pytest.approx(np.mean(list(values.values())))
+        assert low <= estimate <= high
+        assert low < 0.3  # the big patient alone; over patients it starts above
+        assert group["num_patients"] == 6
+
+
 def test_every_run_is_held_against_the_best_baseline(
     compared: tuple[dict[str, Any], pathlib.Path],
 ) -> None:

@@ -1,5 +1,6 @@
 """Paired tests are right, and say no more than the patients allow."""
 
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from tests.fake_runs import fake_run
-from uad_jax import entries, pairs
+from tests.test_summary import result
+from uad_jax import entries, pairs, verdict
 from uad_jax.entries import Entry
+from uad_jax.measuring import VolumeResult
 
 SIX = [0.40, 0.50, 0.30, 0.70, 0.20, 0.60]
 BETTER = [0.55, 0.58, 0.33, 0.69, 0.31, 0.72]
@@ -57,9 +60,7 @@ def test_p_equals_trying_every_sign(tmp_path: pathlib.Path) -> None:
     assert (test["first"], test["second"]) == ("one", "two")
 
 
-def test_volumes_of_a_patient_are_averaged_before_the_test(
-    tmp_path: pathlib.Path,
-) -> None:
+def test_signs_are_flipped_per_patient(tmp_path: pathlib.Path) -> None:
     patients = {f"s{number:02d}": f"p{number // 2}" for number in range(12)}
     first = [x + y for x in BETTER for y in (-0.05, 0.05)]
     second = [x + y for x in SIX for y in (0.1, -0.1)]
@@ -71,8 +72,65 @@ def test_volumes_of_a_patient_are_averaged_before_the_test(
     (test,) = ap_tests(found)
     assert test["num_patients"] == 6
     assert test["p"] == pytest.approx(exhaustive(BETTER, SIX))
-    values = pairs.patient_values(found[:1], "ap")
-    assert values == pytest.approx({f"p{i}": x for i, x in enumerate(BETTER)})
+    assert pairs.volume_values(found[:1], "ap").patients == patients
+
+
+def unequal() -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """One patient has 15 of 20 volumes; there the first is better, elsewhere worse."""
+    rng = np.random.default_rng(0)
+    patients = {f"sub-{n}": "big" if n < 15 else f"p{n}" for n in range(20)}
+    second = {name: float(rng.uniform(0.3, 0.5)) for name in patients}
+    first = {
+        name: second[name] + (0.1 if patient == "big" else -0.1) + 0.01 * rng.normal()
+        for name, patient in patients.items()
+    }
+    return first, second, patients
+
+
+def in_a_report(
+    values: dict[str, float], patients: dict[str, str]
+) -> list[VolumeResult]:
+    found = [result(n, [2.0, 1.0], [1, 0]) for n in range(len(values))]
+    return [
+        dataclasses.replace(
+            one,
+            ap=values[one.info.subject],
+            info=dataclasses.replace(one.info, patient=patients[one.info.subject]),
+        )
+        for one in found
+    ]
+
+
+def test_report_and_comparison_answer_alike_with_unequal_patients(
+    tmp_path: pathlib.Path,
+) -> None:
+    first, second, patients = unequal()
+    reported = verdict.compare(
+        {"m": in_a_report(first, patients), "raw": in_a_report(second, patients)}, 200
+    )
+    options = {"patients": patients}
+    found = read(
+        tmp_path,
+        one={"ap": first, "baselines": {"raw": second}, **options},
+        two={"ap": second, **options},
+    )
+    (test,) = ap_tests(found)
+    above = pairs.against_baselines(found[:1], {"raw": second}, 200)
+    difference = reported["ap_volume_mean_difference"]
+    assert difference == pytest.approx(
+        np.mean(list(first.values())) - np.mean(list(second.values()))
+    )
+    assert difference > 0.04  # the mean over patients is below 0
+    for one in (above, test):
+        assert one["difference"] == pytest.approx(difference)
+        assert one["interval"] == pytest.approx(reported["interval"])
+        assert one["interval"][0] <= one["difference"] <= one["interval"][1]
+        assert one["num_patients"] == 6
+    assert test["first_mean"] - test["second_mean"] == pytest.approx(difference)
+    sums = {name: 0.0 for name in patients.values()}
+    for name, patient in patients.items():
+        sums[patient] += first[name] - second[name]
+    assert test["p"] == pytest.approx(exhaustive(list(sums.values()), [0.0] * 6))
 
 
 def test_dice_is_tested_at_each_run_s_own_rule(tmp_path: pathlib.Path) -> None:
@@ -270,7 +328,7 @@ def test_a_value_that_only_one_member_has_is_refused(tmp_path: pathlib.Path) -> 
     rows = found[1].rows["ae"]
     rows["s01"]["ap"] = ""
     with pytest.raises(entries.CompareError, match="s01: only some of a, b"):
-        pairs.patient_values(found, "ap")
+        pairs.volume_values(found, "ap")
 
 
 def test_no_lesions_no_tests(tmp_path: pathlib.Path) -> None:

@@ -49,7 +49,7 @@ def compare(
     tests = {"num_samples": num_samples, "num_rounds": num_rounds}
     baselines = _baselines(found)
     precisions = {
-        name: pairs.patient_values([entry], "ap", name)
+        name: pairs.volume_values([entry], "ap", name).volumes
         for name, entry in baselines.items()
     }
     grouped = pairs.groups(found)
@@ -155,15 +155,15 @@ def _group(
 ) -> dict[str, Any]:
     """Mean and spread over the members, and an interval over the patients."""
     metrics = _mean_and_spread([member.metrics for member in members])
-    precisions = pairs.patient_values(members, "ap")
-    if len(precisions) >= pairs.MIN_PATIENTS_TO_RANK:
-        interval = statistics.bootstrap_mean(precisions, num_samples=num_samples)
+    precisions = pairs.volume_values(members, "ap")
+    if precisions.num_patients >= pairs.MIN_PATIENTS_TO_RANK:
+        interval = statistics.bootstrap_volumes(*precisions, num_samples=num_samples)
         metrics["ap_volume_mean_interval"] = [interval.low, interval.high]
     above = [pairs.against_baselines([one], baselines, num_samples) for one in members]
     return {
         "members": [member.name for member in members],
         "num_runs": len(members),
-        "num_patients": len(precisions),
+        "num_patients": precisions.num_patients,
         "rule": members[0].operating[0],
         "training": _mean_and_spread([member.training for member in members]),
         "metrics": metrics,

@@ -27,7 +27,7 @@ COLUMNS = (
     Figure(
         "above_baseline",
         "AP - best baseline",
-        "AP volume mean minus that of the best baseline, mean over patients",
+        "AP volume mean minus that of the best baseline",
         DETECTION,
     ),
     Figure("auroc_pooled", "AUROC pooled", "AUROC over all voxels", DETECTION),
@@ -196,9 +196,9 @@ def tests_table(tests: Sequence[Mapping[str, Any]], caption: str) -> Table:
     """The paired tests of one figure; what limits a test stands below its name."""
     head = [
         (caption, ""),
-        ("Difference", "first minus second, mean over patients"),
-        ("95 % interval", "paired bootstrap over patients"),
-        ("p", "sign-flip permutation test, two-sided"),
+        ("Difference", "first minus second, mean over volumes"),
+        ("95 % interval", "paired bootstrap: patients are drawn, with their volumes"),
+        ("p", "permutation test, two-sided: signs are flipped per patient"),
         ("p (Holm)", "corrected for the number of tests in this table"),
         ("Patients", "with annotated lesions"),
     ]

@@ -1,15 +1,16 @@
 """Which of two runs is better, and how sure that is.
 
-The unit is the patient: the values of a patient's volumes are averaged first. Runs
-that differ only in seed or fold are the members of one group; a group's value of a
-volume is the mean over its members.
+A difference is the mean over volumes, as in a report; the patient is the unit that is
+drawn or has its sign flipped, with all its volumes. Runs that differ only in seed or
+fold are the members of one group; a group's value of a volume is the mean over its
+members.
 """
 
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from uad_jax.entries import CompareError, Entry, lesion_values
 from uad_jax.metrics import statistics
@@ -49,10 +50,26 @@ def groups(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return labelled
 
 
-def patient_values(
-    members: Sequence[Entry], metric: str, scorer: str = ""
-) -> dict[str, float]:
-    """Values per patient, averaged over volumes and members.
+class Values(NamedTuple):
+    """A figure of every volume with an annotated lesion.
+
+    Attributes:
+      volumes: Volume -> value; NaN where there is none.
+      patients: Volume -> patient.
+    """
+
+    volumes: dict[str, float]
+    patients: dict[str, str]
+
+    @property
+    def num_patients(self) -> int:
+        """Patients with a value."""
+        valid = (name for name, value in self.volumes.items() if not math.isnan(value))
+        return len({self.patients[name] for name in valid})
+
+
+def volume_values(members: Sequence[Entry], metric: str, scorer: str = "") -> Values:
+    """Values per volume, averaged over members.
 
     Args:
       members: Runs; one, or those of a group.
@@ -60,8 +77,7 @@ def patient_values(
       scorer: Whose values; "" = the run's own.
 
     Returns:
-      Patient -> value, over volumes with an annotated lesion; empty if there are
-      none, or no operating threshold.
+      The values; none without an annotated lesion or an operating threshold.
 
     Raises:
       CompareError: If a volume has a value in some members only.
@@ -71,7 +87,7 @@ def patient_values(
     for member in members:
         rule, threshold = member.operating
         if metric == "dice" and (not rule or threshold is None):
-            return {}
+            return Values({}, {})
         column = "ap" if metric == "ap" else f"dice_{rule}"
         rows = member.rows[scorer or member.scorer]
         values, patients = lesion_values(rows, column)
@@ -85,7 +101,7 @@ def patient_values(
             "them again, all on one store."
         )
     means = {name: math.fsum(found) / len(found) for name, found in totals.items()}
-    return statistics.by_unit(means, patients)
+    return Values(means, patients)
 
 
 def compare_all(
@@ -123,9 +139,10 @@ def cases(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for metric in METRICS:
         for entry in entries:
-            values = patient_values([entry], metric)
-            if 0 < len(values) < MIN_PATIENTS_TO_RANK:
-                for patient, number in values.items():
+            values = volume_values([entry], metric)
+            if 0 < values.num_patients < MIN_PATIENTS_TO_RANK:
+                means = statistics.by_unit(values.volumes, values.patients)
+                for patient, number in means.items():
                     row = found.setdefault(metric, {}).setdefault(patient, {})
                     row[entry.name] = number
     return found
@@ -140,22 +157,22 @@ def against_baselines(
 
     Args:
       members: The run, or the members of a group.
-      baselines: Baseline -> patient -> AP.
+      baselines: Baseline -> volume -> AP.
       num_samples: Bootstrap resamplings of the patients.
 
     Returns:
       "baseline", "num_patients", "difference", "interval"; empty without baselines
       or with too few patients.
     """
-    values = patient_values(members, "ap")
-    if len(values) < MIN_PATIENTS_TO_RANK or not baselines:
+    values = volume_values(members, "ap")
+    if values.num_patients < MIN_PATIENTS_TO_RANK or not baselines:
         return {}
     best = max(
         baselines,
         key=lambda name: statistics.summarize(list(baselines[name].values())).mean,
     )
     difference = statistics.paired_bootstrap(
-        values, baselines[best], num_samples=num_samples
+        values.volumes, baselines[best], values.patients, num_samples=num_samples
     )
     return {
         "baseline": best,
@@ -200,13 +217,13 @@ def _test(
     num_samples: int,
     num_rounds: int,
 ) -> dict[str, Any]:
-    first, second = (patient_values(side[1], metric) for side in (one, other))
+    first, second = (volume_values(side[1], metric) for side in (one, other))
     row: dict[str, Any] = {
         "metric": metric,
         "heading": heading,
         "first": one[0],
         "second": other[0],
-        "num_patients": len(first) if second else 0,
+        "num_patients": min(first.num_patients, second.num_patients),
         "difference": None,
         "interval": None,
         "p": None,
@@ -214,12 +231,13 @@ def _test(
     }
     if row["num_patients"] < MIN_PATIENTS_TO_RANK:
         return row
-    interval = statistics.paired_bootstrap(first, second, num_samples=num_samples)
-    row["first_mean"] = statistics.summarize(list(first.values())).mean
-    row["second_mean"] = statistics.summarize(list(second.values())).mean
+    pair = (first.volumes, second.volumes, first.patients)
+    interval = statistics.paired_bootstrap(*pair, num_samples=num_samples)
+    row["first_mean"] = statistics.summarize(list(first.volumes.values())).mean
+    row["second_mean"] = statistics.summarize(list(second.volumes.values())).mean
     row["difference"] = interval.estimate
     row["interval"] = [interval.low, interval.high]
-    row["p"] = statistics.paired_permutation(first, second, num_rounds=num_rounds)
+    row["p"] = statistics.paired_permutation(*pair, num_rounds=num_rounds)
     return row
 
 

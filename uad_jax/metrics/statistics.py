@@ -2,8 +2,8 @@
 
 The unit is the patient: voxels, slices and scans of one patient are not independent.
 What is called a subject below is one such unit. Where a patient has several volumes,
-`by_unit` averages their values, or `sum_by_unit` adds their histograms, before
-anything is resampled or permuted.
+the estimate is the mean over volumes, and whole patients are drawn, or have their sign
+flipped, with all that they have: their sums, or histograms (`sum_by_unit`).
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -125,31 +125,6 @@ def bootstrap_weights(num_subjects: int, num_samples: int, seed: int) -> np.ndar
     return generator.multinomial(num_subjects, share, size=num_samples)
 
 
-def bootstrap_mean(
-    values: Mapping[str, float],
-    *,
-    num_samples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Interval of the mean over subjects.
-
-    Args:
-      values: Subject -> value; NaN where the metric does not exist.
-      num_samples: Resamplings.
-      confidence: Coverage of the interval.
-      seed: Same seed, same interval.
-    """
-    names = sorted(name for name, value in values.items() if not np.isnan(value))
-    array = np.array([values[name] for name in names], np.float64)
-    if len(array) < 2:
-        estimate = float(array.mean()) if len(array) else float("nan")
-        return Interval(estimate, float("nan"), float("nan"), len(array))
-    weights = bootstrap_weights(len(array), num_samples, seed)
-    means = weights @ array / len(array)
-    return _interval(float(array.mean()), means, confidence, len(array))
-
-
 def bootstrap_volumes(
     values: Mapping[str, float],
     units: Mapping[str, str],
@@ -171,15 +146,88 @@ def bootstrap_volumes(
       The interval; `num_subjects` counts units with a value.
     """
     known = sorted(name for name, value in values.items() if not np.isnan(value))
-    names, rows = np.unique([units[name] for name in known], return_inverse=True)
-    array = np.array([values[name] for name in known], np.float64)
+    return bootstrap_ratio(
+        [values[name] for name in known],
+        np.ones(len(known)),
+        [units[name] for name in known],
+        num_samples=num_samples,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def bootstrap_ratio(
+    parts: Sequence[float] | np.ndarray,
+    wholes: Sequence[float] | np.ndarray,
+    units: Sequence[str],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a ratio of sums, such as found lesions of all lesions.
+
+    Args:
+      parts: Of each volume, [V].
+      wholes: Of each volume, [V], >= 0.
+      units: Unit of each volume, V of them; units are resampled.
+      num_samples: Resamplings; those without any whole are left out.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+
+    Returns:
+      The interval of sum(parts) / sum(wholes); `num_subjects` counts units.
+    """
+    names, rows = np.unique(np.asarray(units, str), return_inverse=True)
+    above = np.bincount(rows, weights=np.asarray(parts, np.float64))
+    below = np.bincount(rows, weights=np.asarray(wholes, np.float64))
+    estimate = _divide(above.sum(), below.sum())
     if len(names) < 2:
-        estimate = float(array.mean()) if len(array) else float("nan")
-        return Interval(estimate, float("nan"), float("nan"), len(names))
-    sums = np.bincount(rows, weights=array)
+        return Interval(float(estimate), float("nan"), float("nan"), len(names))
     weights = bootstrap_weights(len(names), num_samples, seed)
-    means = (weights @ sums) / (weights @ np.bincount(rows))
-    return _interval(float(array.mean()), means, confidence, len(names))
+    samples = _divide(weights @ above, weights @ below)
+    return _interval(float(estimate), samples, confidence, len(names))
+
+
+def bootstrap_auroc(
+    scores: np.ndarray,
+    abnormal: np.ndarray,
+    units: Sequence[str],
+    *,
+    num_samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the AUROC of one score per slice or per volume.
+
+    Args:
+      scores: [n] float32 or float64.
+      abnormal: [n] bool.
+      units: Unit of each score, n of them; units are resampled.
+      num_samples: Resamplings; those without both kinds are left out.
+      confidence: Coverage of the interval.
+      seed: Same seed, same interval.
+
+    Returns:
+      The interval of `voxel.label_auroc`; NaN throughout if either kind is absent.
+    """
+    names, rows = np.unique(np.asarray(units, str), return_inverse=True)
+    high, owners = scores[abnormal], rows[abnormal]
+    # wins[u, v]: pairs of u's abnormal and v's normal scores in the right order.
+    wins = np.zeros((len(names), len(names)))
+    for unit in range(len(names)):
+        low = np.sort(scores[~abnormal & (rows == unit)])
+        below = np.searchsorted(low, high) + np.searchsorted(low, high, "right")
+        wins[:, unit] = np.bincount(owners, below / 2, len(names))
+    first = np.bincount(owners, minlength=len(names))
+    second = np.bincount(rows[~abnormal], minlength=len(names))
+    estimate = float(_divide(wins.sum(), first.sum() * second.sum()))
+    if len(names) < 2:
+        return Interval(estimate, float("nan"), float("nan"), len(names))
+    weights = bootstrap_weights(len(names), num_samples, seed)
+    pairs = (weights @ first) * (weights @ second)
+    samples = _divide(((weights @ wins) * weights).sum(axis=1), pairs)
+    return _interval(estimate, samples, confidence, len(names))
 
 
 def bootstrap_histograms(
@@ -211,103 +259,76 @@ def bootstrap_histograms(
     return _interval(estimate, samples, confidence, num_subjects)
 
 
-def paired_bootstrap_histograms(
-    metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    first: tuple[np.ndarray, np.ndarray],
-    second: tuple[np.ndarray, np.ndarray],
-    *,
-    num_samples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Interval of a difference of pooled metrics, both on the same resamplings.
-
-    Args:
-      metric: See `bootstrap_histograms`.
-      first: (bins, outside) of one detector, a row per subject.
-      second: Those of the other, the same subjects in the same order. The edges of
-        the two may differ.
-      num_samples: Resamplings.
-      confidence: Coverage of the interval.
-      seed: Same seed, same interval.
-
-    Returns:
-      The interval of first minus second.
-
-    Raises:
-      ValueError: If the numbers of subjects differ.
-    """
-    num_subjects = len(first[0])
-    if num_subjects != len(second[0]):
-        raise ValueError(
-            f"A paired comparison needs the same subjects: found {num_subjects} and "
-            f"{len(second[0])}. Evaluate both detectors on one set."
-        )
-    estimates = [
-        float(metric(bins.sum(axis=0), outside.sum(axis=0)))
-        for bins, outside in (first, second)
-    ]
-    estimate = estimates[0] - estimates[1]
-    if num_subjects < 2:
-        return Interval(estimate, float("nan"), float("nan"), num_subjects)
-    weights = bootstrap_weights(num_subjects, num_samples, seed)
-    samples = _resample(metric, *first, weights) - _resample(metric, *second, weights)
-    return _interval(estimate, samples, confidence, num_subjects)
-
-
 def paired_bootstrap(
     first: Mapping[str, float],
     second: Mapping[str, float],
+    units: Mapping[str, str] | None = None,
     *,
     num_samples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Interval of the mean difference of two detectors on the same subjects.
+    """Interval of the mean difference of two detectors on the same volumes.
 
     Args:
-      first: Subject -> value of one detector.
-      second: Subject -> value of the other.
+      first: Volume -> value of one detector.
+      second: Volume -> value of the other.
+      units: Volume -> its unit, usually the patient; None = each is its own.
       num_samples: Resamplings.
       confidence: Coverage of the interval.
       seed: Same seed, same interval.
 
     Returns:
-      The interval of the mean of first minus second.
+      The interval of the mean over volumes of first minus second; `num_subjects`
+      counts units with a value.
 
     Raises:
-      ValueError: If the subjects differ, or a value is missing on one side only.
+      ValueError: If the volumes differ, or a value is missing on one side only.
     """
     differences = _differences(first, second)
-    return bootstrap_mean(
-        differences, num_samples=num_samples, confidence=confidence, seed=seed
+    return bootstrap_volumes(
+        differences,
+        units or {name: name for name in differences},
+        num_samples=num_samples,
+        confidence=confidence,
+        seed=seed,
     )
 
 
 def paired_permutation(
     first: Mapping[str, float],
     second: Mapping[str, float],
+    units: Mapping[str, str] | None = None,
     *,
     num_rounds: int = 10_000,
     seed: int = 0,
 ) -> float:
-    """Tests by sign flips whether two detectors differ on the same subjects.
+    """Tests by sign flips whether two detectors differ on the same volumes.
+
+    A unit's volumes change sign together, so the statistic is the sum of all
+    differences: the mean over volumes that `paired_bootstrap` estimates.
 
     Args:
-      first: Subject -> value of one detector.
-      second: Subject -> value of the other.
+      first: Volume -> value of one detector.
+      second: Volume -> value of the other.
+      units: Volume -> its unit, usually the patient; None = each is its own.
       num_rounds: Random sign patterns; where there are no more patterns than this in
         all, every one is taken once.
       seed: Same seed, same value.
 
     Returns:
-      Two-sided p value of the mean difference; NaN without subjects.
+      Two-sided p value of the mean difference; NaN without values.
 
     Raises:
-      ValueError: If the subjects differ, or a value is missing on one side only.
+      ValueError: If the volumes differ, or a value is missing on one side only.
     """
     differences = _differences(first, second)
-    array = np.array([value for value in differences.values() if not np.isnan(value)])
+    sums: dict[str, float] = {}
+    for name, value in differences.items():
+        if not np.isnan(value):
+            unit = units[name] if units else name
+            sums[unit] = sums.get(unit, 0.0) + value
+    array = np.array(list(sums.values()))
     if not len(array):
         return float("nan")
     if 2 ** min(len(array), 40) <= num_rounds:
@@ -375,6 +396,12 @@ def _differences(
             f"{', '.join(torn[:5])}. Compare a metric that exists for both."
         )
     return {name: first[name] - second[name] for name in sorted(first)}
+
+
+def _divide(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """Ratios; NaN where the whole is 0."""
+    missing = np.full(np.shape(wholes), np.nan)
+    return np.divide(parts, wholes, out=missing, where=np.asarray(wholes) > 0)
 
 
 def _resample(
