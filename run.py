@@ -62,6 +62,7 @@ _MAPS = flags.DEFINE_string("maps", "", "evaluate: folder of maps of another too
 _INPUT = flags.DEFINE_string(
     "input", "", "predict: scan, folder or manifest.csv; import: file of weights."
 )
+_NOTE = flags.DEFINE_string("note", "", "import: source and licence of the weights.")
 _ENTRY = flags.DEFINE_string("entry", "", "import: which model of the file, 'ema'.")
 _OUTPUT = flags.DEFINE_string(
     "output", "", "predict, compare: folder of the results; bench: JSON file."
@@ -170,7 +171,9 @@ def _import() -> None:
     _need("config", "workdir", "input")
     workdir = pathlib.Path(_WORKDIR.value)
     path = pathlib.Path(_INPUT.value)
-    importing.import_weights(_new_experiment(), path, workdir, entry=_ENTRY.value)
+    importing.import_weights(
+        _new_experiment(), path, workdir, entry=_ENTRY.value, note=_NOTE.value
+    )
     print(f"Imported. Next: python run.py evaluate --workdir={workdir}")
 
 

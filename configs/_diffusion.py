@@ -103,6 +103,7 @@ def experiment(
             log_every=20, eval_every=100, save_every=100, validation_slices=128
         )
         batch_size = 16
+    steps = reference_slices // batch_size
     return config_lib.ExperimentConfig(
         name="_".join(filter(None, (name, size.value))),
         method=method,
@@ -112,6 +113,6 @@ def experiment(
             batch_size=2 if size is Size.CPU else volumes
         ),
         batch_size=batch_size,
-        total_steps=400 if size is Size.CPU else reference_slices // batch_size,
+        total_steps=400 if size is Size.CPU else steps - steps % train.steps_per_call,
         reference_slices=reference_slices,
     )

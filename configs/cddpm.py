@@ -8,7 +8,7 @@ Command:   python run.py train --config=configs/cddpm.py:WORDS \
            two cores, neither for an accelerator; `encoder=WORKDIR` starts the encoder
            from a run of configs/spark.py with the same size.
 Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
-Time:      accelerator: not yet measured; `cpu`: docs/benchmarks.md
+Time:      not yet measured
 Expected:  not yet measured; docs/diffusion.md has what is published
 """
 
@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> config_lib.ExperimentConfig:
         scoring=_diffusion.scoring(size, test_steps=(249, 499, 749)),
         **_diffusion.training(size),
     )
+    method.ema_decay = 0.0  # averages would run with the live batch statistics
     method.encoder = dataclasses.replace(method.encoder, **_diffusion.backbone(size))
     if size is Size.CPU:
         method.encoder.features = 4 * method.unet.width  # as in the published model

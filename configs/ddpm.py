@@ -9,8 +9,8 @@ Command:   python run.py train --config=configs/ddpm.py:WORDS \
            or `cpu` for two cores, neither for an accelerator.
            An ensemble: --config.method.scoring.test_steps="(249, 499, 749)"
 Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
-Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 9 to 16 slices/s on one
-           busy core, not yet measured on two free ones
+Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 28 slices/s on two free
+           cores, four minutes, and the evaluation (docs/benchmarks.md)
 Expected:  not yet measured; docs/diffusion.md has what is published
 """
 
@@ -60,8 +60,9 @@ def _anoddpm(size: Size) -> config_lib.ExperimentConfig:
         sampler=diffusion.Sampler.DDPM_BETA,
         **_diffusion.training(size),
     )
-    config = _diffusion.experiment("anoddpm", method, size, volumes=8)
-    config.reference_slices = ANODDPM_SLICES
+    config = _diffusion.experiment(
+        "anoddpm", method, size, volumes=8, reference_slices=ANODDPM_SLICES
+    )
     if size is Size.CPU:
         method.sampler, method.chain_calls = diffusion.Sampler.DDIM, 10
     if size is Size.PAPER:

@@ -9,8 +9,8 @@ Command:   python run.py train --config=configs/pddpm.py:WORD \
            Overlapping boxes: --config.method.patch=60 --config.method.overlap=average
            An ensemble: --config.method.scoring.test_steps="(249, 499, 749)"
 Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
-Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 9 to 16 slices/s on one
-           busy core, not yet measured on two free ones
+Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 28 slices/s on two free
+           cores, four minutes, and the evaluation (docs/benchmarks.md)
 Expected:  not yet measured; docs/diffusion.md has what is published
 """
 

@@ -93,6 +93,7 @@ def spark_config() -> spark.SparkConfig:
         stage_sizes=(1, 1, 1, 1),
         width=4,
         decoder_width=32,
+        drop_path=0.5,
         ema_decay=0.9,
         # A larger eps: steps along gradients of rounding errors stay small.
         optimizer=optim.OptimizerConfig(

@@ -1,6 +1,7 @@
 """Weights of another program, from the file to the report."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jax.sharding import Mesh
 
 from tests import denoisers, foreign_states, runs, stores
 from uad_jax import (
+    by_step,
+    checkpoint,
     denoising,
     evaluate,
     importing,
@@ -39,7 +42,11 @@ def _config(store: pathlib.Path, method: Any) -> ExperimentConfig:
     return config
 
 
-def _state(method: Any) -> dict[str, np.ndarray]:
+def _state(
+    method: Any,
+    spelling: Mapping[str, str] | None = None,
+    prefix: str = "diffusion.model.",
+) -> dict[str, np.ndarray]:
     """What the program of the paper saves."""
     conditional = isinstance(method, cddpm.CddpmConfig)
     network = denoising.network(method, SHAPE, conditional=conditional)
@@ -47,8 +54,8 @@ def _state(method: Any) -> dict[str, np.ndarray]:
     like = jax.eval_shape(
         network.init, jax.random.key(0), jnp.zeros(SHAPE), jnp.zeros(1), condition
     )
-    sources = torch_names.unet_sources(network, like)
-    state = foreign_states.drawn_state(like, sources, "diffusion.model.")
+    sources = torch_names.unet_sources(network, like, spelling)
+    state = foreign_states.drawn_state(like, sources, prefix)
     if conditional:
         encoder = cddpm._encoder(method)
         like = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros(SHAPE))
@@ -68,7 +75,11 @@ def conditioned(
     foreign_states.save_state(directory / "theirs.ckpt", state)
     config = _config(store, method)
     step = importing.import_weights(
-        config, directory / "theirs.ckpt", directory / "run", mesh=mesh1
+        config,
+        directory / "theirs.ckpt",
+        directory / "run",
+        note="some/repository, no licence",
+        mesh=mesh1,
     )
     assert step == config.total_steps
     return config, directory / "run", state
@@ -98,7 +109,68 @@ def test_an_imported_run_evaluates_to_a_report(
     config, directory, _ = conditioned
     found = evaluate.evaluate(config, directory, mesh=mesh1)
     assert 0 <= found["test"]["scorers"][config.name]["ap_pooled"] <= 1
-    assert "theirs.ckpt" in (directory / "report.html").read_text()
+    assert found["test"]["run"]["training"] is None
+    page = (directory / "report.html").read_text()
+    assert "imported from theirs.ckpt" in page
+    assert "some/repository, no licence" in page
+    assert "ndertrained" not in page
+    (row,) = by_step.evaluate_steps(config, directory, steps="all", mesh=mesh1)
+    assert row["step"] == config.total_steps
+    assert row["slices_seen"] == ""
+
+
+def test_the_note_is_of_the_imported_step_alone(
+    conditioned: tuple[ExperimentConfig, pathlib.Path, dict[str, np.ndarray]],
+) -> None:
+    config, directory, _ = conditioned
+    known = workdir.imported(directory, config.total_steps)
+    assert known is not None
+    assert known["file"] == "theirs.ckpt"
+    assert workdir.imported(directory, config.total_steps + 1) is None
+    assert workdir.imported(directory.parent, config.total_steps) is None
+
+
+def test_a_failed_import_leaves_no_note(
+    store: pathlib.Path,
+    tmp_path: pathlib.Path,
+    mesh1: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = denoisers.pddpm_config()
+    file = tmp_path / "theirs.npz"
+    np.savez(file, **_state(method))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        importing.import_weights(
+            _config(store, method), file, tmp_path / "run", mesh=mesh1
+        )
+    assert not (tmp_path / "run" / workdir.IMPORTED).exists()
+
+
+def test_anoddpm_weights_are_known_by_their_names(
+    store: pathlib.Path, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    method = denoisers.anoddpm_config()
+    state = _state(method, torch_names.ANODDPM, prefix="")
+    content = {
+        "ema": {
+            name: foreign_states.tensor(name, x.size, x.shape)
+            for name, x in state.items()
+        }
+    }
+    file = tmp_path / "theirs.pt"
+    foreign_states.save_archive(file, content, state)
+    config = _config(store, method)
+    importing.import_weights(config, file, tmp_path / "run", entry="ema", mesh=mesh1)
+    _, model, _ = saved_run.load_model(config, tmp_path / "run", mesh=mesh1)
+    np.testing.assert_array_equal(
+        model.params["denoiser"]["stem"]["kernel"],
+        state["down.0.0.weight"].transpose(2, 3, 1, 0),
+    )
 
 
 def test_an_imported_run_has_nothing_left_to_train(

@@ -101,6 +101,25 @@ def test_maps_lie_on_the_scans_own_voxels(
     assert set(np.unique(_load(found["test-6"].files["anomaly_mask"]))) == {0, 1}
 
 
+def test_of_imported_weights_neither_licences_nor_scans_are_known(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    workdir = shutil.copytree(run.workdir, tmp_path / "run")
+    known = {"step": 8, "file": "theirs.ckpt", "sha256": "0" * 64, "note": ""}
+    workdir_lib.write_json(workdir / workdir_lib.IMPORTED, known)
+    seen = run.scans / "train-0_FLAIR.nii.gz"  # of the store, not of the weights
+    moved = dataclasses.replace(run, workdir=workdir)
+    (own,) = run.predict(seen, tmp_path / "own", mesh=mesh1)
+    (one,) = moved.predict(seen, tmp_path / "out", mesh=mesh1)
+    assert "trained on this very scan" in str(_report(own))
+    assert "trained on this very scan" not in str(_report(one))
+    facts = _report(one)["run"]
+    assert facts["imported"] == known
+    assert facts["training_data_licences"] == []
+    assert _report(own)["run"]["training_data_licences"] == [heads.LICENCE]
+    assert _report(own)["run"]["imported"] is None
+
+
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "ASL"])
 def test_the_peak_lies_where_the_blob_is_in_the_world(
     run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh, axes: str

@@ -61,3 +61,22 @@ def test_reference_selection_draws_one_slice_of_every_healthy_volume(
         assert list(np.asarray(batch.uid)[valid][order]) == expected
         drawn.append(list(np.asarray(batch.slice_index)[valid][order]))
     assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_reference_selection_draws_the_random_numbers_anew(
+    store: pathlib.Path,
+    tmp_path: pathlib.Path,
+    mesh1: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The slices stay: what changes the loss is the noise."""
+    draw = train._validation
+    monkeypatch.setattr(
+        train,
+        "_validation",
+        lambda *args: lambda step: draw(*args)(0),
+    )
+    train.train(_config(store, Selection.REFERENCE), tmp_path, mesh=mesh1)
+    lines = writer.read_metrics(tmp_path)
+    losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
+    assert np.ptp(losses) > 1e-5 * np.mean(losses)

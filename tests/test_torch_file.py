@@ -178,7 +178,21 @@ def test_storages_must_be_whole(tmp_path: pathlib.Path) -> None:
         _read(path)
     path = _save(foreign_states.save_stream, tmp_path, value)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="95 bytes instead of 24 x 4"):
+    with pytest.raises(ValueError, match="has 96 bytes, but 95 are left"):
+        _read(path)
+
+
+def test_a_length_beyond_the_file_is_refused_before_it_is_read(
+    tmp_path: pathlib.Path,
+) -> None:
+    many = 1 << 47
+    content = tensor("0", many, (many,))
+    path = _save(foreign_states.save_stream, tmp_path, content)
+    data = path.read_bytes()
+    old, new = (24).to_bytes(8, "little"), many.to_bytes(8, "little")
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(ValueError, match="96 are left: the file is damaged"):
         _read(path)
 
 

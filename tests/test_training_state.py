@@ -4,6 +4,7 @@ import pytest
 
 from configs import smoke
 from uad_jax import training_state
+from uad_jax.config import Selection
 
 
 def test_training_state_marks_a_short_falling_run_as_undertrained() -> None:
@@ -46,3 +47,13 @@ def test_training_state_of_a_run_that_validates_rarely_is_not_passed_over() -> N
     assert training_state.training_state(config, 400, [])["undertrained"]
     rising = [{"step": n, "validation/loss": float(n)} for n in (100, 200)]
     assert not training_state.training_state(config, 200, rising)["undertrained"]
+
+
+def test_losses_of_other_slices_each_time_have_no_slope() -> None:
+    config = smoke.get_config()
+    config.batch_size, config.reference_slices = 10, 10_000
+    config.train.selection = Selection.REFERENCE
+    lines = [{"step": n, "validation/loss": 100.0 + n} for n in range(10, 101, 10)]
+    state = training_state.training_state(config, 100, lines)
+    assert state["validation_slope"] is None
+    assert state["undertrained"]

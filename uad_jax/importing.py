@@ -1,4 +1,4 @@
-"""A run made of somebody's trained weights, to evaluate, predict or go on training."""
+"""A run made of somebody's trained weights, to evaluate, compare and predict."""
 
 import contextlib
 import dataclasses
@@ -27,6 +27,7 @@ def import_weights(
     workdir: pathlib.Path,
     *,
     entry: str = "",
+    note: str = "",
     mesh: Mesh | None = None,
 ) -> int:
     """Writes weights of another program as the last checkpoint of a run.
@@ -40,6 +41,7 @@ def import_weights(
       path: The file; nothing in it is executed.
       workdir: Directory of the run to make.
       entry: For files with several models, as in `weights.read`.
+      note: Source and licence of the weights; stands in reports and results.
       mesh: Devices; default: all.
 
     Returns:
@@ -73,17 +75,20 @@ def import_weights(
                 model=model,
                 ema=None if state.ema is None else jax.tree.map(jnp.copy, model.params),
             )
+            checkpoints.save(step, state, metrics=None)
+            checkpoints.wait()
+            with path.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
             workdir_lib.write_json(
                 workdir / workdir_lib.IMPORTED,
                 {
+                    "step": step,
                     "file": path.name,
                     "entry": entry,
-                    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                    "note": "Trained elsewhere; its training data are not known here.",
+                    "sha256": digest,
+                    "note": note,
                 },
             )
-            checkpoints.save(step, state, metrics=None)
-            checkpoints.wait()
     logging.info("Imported %s as step %d of %s.", path, step, workdir)
     return step
 

@@ -247,6 +247,7 @@ def _strange(run: Predictor, encoded: Encoded) -> list[str]:
             "the model was trained on this very scan: its scores say nothing of new "
             "scans."
         )
+    known = "scans of the run's store" if run.imported else "training scans"
     for channel, modality in enumerate(run.modalities):
         usual = run.profiles.get(modality)
         values = profile.fingerprint(encoded.codes[..., channel][brain])
@@ -256,8 +257,8 @@ def _strange(run: Predictor, encoded: Encoded) -> list[str]:
         if distance > _FAR:
             warnings.append(
                 f"the intensities of the {modality} image are unlike those of the "
-                f"{usual.count} training scans (distance {distance:.1f}, usual below "
-                f"{_FAR:g}). Is it another modality or contrast, or not "
+                f"{usual.count} {known} (distance {distance:.1f}, "
+                f"usual below {_FAR:g}). Is it another modality or contrast, or not "
                 "skull-stripped? The scores may mean nothing."
             )
     return warnings
@@ -285,6 +286,7 @@ def _facts(
             "seed": run.config.seed,
             "commit": run.commit,
             "training_data_licences": list(run.licences),
+            "imported": run.imported,
         },
         "software": {"uad_jax": uad_jax.__version__, "commit": environment.commit()},
         "input": {

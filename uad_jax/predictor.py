@@ -46,8 +46,9 @@ class Predictor:
       recipe: How scans are prepared.
       modalities: Channels of the model.
       profiles: Modality -> look of the training scans; empty in old runs.
-      licences: Of the training data.
-      seen: Content of the training scans, as a store has it.
+      licences: Of the training data; empty for imported weights.
+      seen: Content of the training scans, as a store has it; empty for imported ones.
+      imported: What is known of weights that another program trained; else None.
       commit: Of the code that trained it.
       calibrated: Calibration on validation scans.
       threshold: At what scores are called abnormal.
@@ -62,6 +63,7 @@ class Predictor:
     profiles: dict[str, profile.Profile]
     licences: tuple[str, ...]
     seen: frozenset[str]
+    imported: dict[str, Any] | None
     commit: str
     calibrated: Calibration
     threshold: Threshold
@@ -107,6 +109,9 @@ def restore(
         )
     calibrated = _calibrated(config, workdir, step, name, chosen, identity)
     profiles = known["profiles"].items()
+    imported = workdir_lib.imported(workdir, step)
+    if imported:  # the store of the run is not what these weights have seen
+        data = {**data, "licences": (), "subjects": {}}
     return Predictor(
         config=config,
         step=step,
@@ -116,6 +121,7 @@ def restore(
         profiles={key: profile.Profile.from_json(one) for key, one in profiles},
         licences=tuple(licence for licence in data["licences"] if licence),
         seen=frozenset(data["subjects"].values()),
+        imported=imported,
         commit=workdir_lib.read_json(workdir / workdir_lib.ENVIRONMENT)["commit"],
         calibrated=calibrated,
         threshold=_threshold(config, chosen, calibrated),

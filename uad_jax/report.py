@@ -293,6 +293,7 @@ def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         weights = run["imported"]
         short = weights["sha256"][:_FINGERPRINT]
         rows.append(("Weights", f"imported from {weights['file']} (SHA-256 {short})"))
+        rows.append(("Source of the weights", weights["note"] or "not stated"))
     return [row for row in rows if row[1]]
 
 

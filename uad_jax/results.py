@@ -57,8 +57,7 @@ def run_facts(context: Context) -> dict[str, Any]:
     if config is None or context.step is None:
         return facts
     lines = writer.read_metrics(context.workdir)
-    path = context.workdir / workdir_lib.IMPORTED
-    imported = workdir_lib.read_json(path) if path.is_file() else None
+    imported = workdir_lib.imported(context.workdir, context.step)
     state = training_state.training_state(config, context.step, lines)
     return facts | {
         "source": "checkpoint",

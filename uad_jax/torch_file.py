@@ -182,6 +182,14 @@ class TorchFile:
             length, size = storages[key]
             if int.from_bytes(stream.read(8), "little") != length:
                 raise ValueError(f"storage {key} is missing: the file is damaged")
+            place = stream.tell()
+            left = stream.seek(0, io.SEEK_END) - place
+            stream.seek(place)
+            if size > left:
+                raise ValueError(
+                    f"storage {key} says it has {size:,} bytes, but {left:,} are left: "
+                    "the file is damaged"
+                )
             self._bytes[key] = stream.read(size)
 
 

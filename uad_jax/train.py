@@ -22,6 +22,7 @@ from uad_jax import warm_start as warm_start_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import ExperimentConfig, Selection
 from uad_jax.data import pipeline, profile, sources
+from uad_jax.data.config import Sampling
 from uad_jax.loop import TrainResult
 from uad_jax.methods.base import Inputs, Method, RunShape
 from uad_jax.types import Batch, TrainState
@@ -256,7 +257,7 @@ def _validation(
         )
         return lambda step: []
 
-    def draw(num_slices: int, seed: int) -> list[Batch]:
+    def draw(num_slices: int, seed: int, sampling: Sampling) -> list[Batch]:
         return pipeline.validation_batches(
             store,
             volumes,
@@ -266,11 +267,12 @@ def _validation(
             seed=seed,
             mesh=mesh,
             modalities=config.data.modalities,
+            sampling=sampling,
         )
 
     if config.train.selection is Selection.REFERENCE:
-        return lambda step: draw(len(volumes), _VALIDATION_SEED + step)
-    fixed = draw(config.train.validation_slices, _VALIDATION_SEED)
+        return lambda step: draw(0, _VALIDATION_SEED + step, Sampling.ONE_PER_VOLUME)
+    fixed = draw(config.train.validation_slices, _VALIDATION_SEED, Sampling.SLICES)
     return lambda step: fixed
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from uad_jax.config import ExperimentConfig
+from uad_jax.config import ExperimentConfig, Selection
 
 
 def training_state(
@@ -21,7 +21,8 @@ def training_state(
     Returns:
       Slices seen, per cent of the paper's budget (None if unknown), relative slope of
       the validation loss over the last fifth of the run up to `step` and at least
-      its last two values (negative = still falling; None with fewer than two),
+      its last two values (negative = still falling; None with fewer than two, or if
+      each was measured on other slices, `Selection.REFERENCE`),
       training seconds, and whether the run counts as undertrained: less than a
       quarter of the budget and not known to have stopped falling.
     """
@@ -38,6 +39,8 @@ def training_state(
         share = 100.0 * slices / config.reference_slices
     last_fifth = sum(point[0] >= 0.8 * step for point in losses)
     slope = _relative_slope(losses[-max(last_fifth, 2) :])
+    if config.train.selection is Selection.REFERENCE:
+        slope = None  # its changes are those of the draw
     falling = slope is None or slope < 0
     return {
         "slices_seen": slices,

@@ -104,6 +104,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def imported(workdir: pathlib.Path, step: int) -> dict[str, Any] | None:
+    """What is known of a step whose weights another program trained; else None."""
+    path = workdir / IMPORTED
+    if not path.is_file():
+        return None
+    known = read_json(path)
+    return known if known["step"] == step else None
+
+
 def read_json(path: pathlib.Path) -> Any:
     """Reads a JSON file.
 

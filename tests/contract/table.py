@@ -113,6 +113,7 @@ def _spark() -> Row:
         config=config,
         overfit={
             "mask_ratio": 0.25,
+            "drop_path": 0.0,
             "width": 8,
             "ema_decay": 0.0,
             "optimizer": optim.OptimizerConfig(
@@ -123,6 +124,7 @@ def _spark() -> Row:
         float_fields={
             "optimizer.learning_rate": (1e-3, 3e-3),
             "optimizer.weight_decay": (0.05, 0.5),
+            "drop_path": (0.5, 0.1),
         },
         size=64,
         batch_statistics=True,
@@ -133,6 +135,10 @@ TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
 TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
 TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
 TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)
+# One noise field for a batch and for a volume, as published.
+_shared = denoisers.pddpm_config()
+_shared.process.shared_noise = True
+TABLE["pddpm_shared"] = _diffusion(_shared, train_steps=100)
 TABLE["cddpm"] = _diffusion(
     denoisers.cddpm_config(),
     overfit={

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from tests import denoisers, runs, stores
 from uad_jax import config as config_lib
-from uad_jax import train, types
+from uad_jax import train, types, warm_start
 from uad_jax.methods import base, spark
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -38,6 +38,13 @@ def _model() -> types.ModelState:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def _active(batch: types.Batch) -> jax.Array:
+    """The cells that the loss shows."""
+    keys = base.sample_keys(KEY, batch.uid, batch.slice_index)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+    return spark.draw_cells(CONFIG, keys, batch.image.shape)
+
+
 @pytest.mark.parametrize(("side", "ratio", "seen"), [(96, 0.65, 3), (64, 0.25, 3)])
 def test_every_slice_shows_as_many_cells_and_each_cell_as_often(
     side: int, ratio: float, seen: int
@@ -58,8 +65,7 @@ def test_loss_is_the_squared_error_of_the_hidden_cells() -> None:
     value, collections = run(model, batch, KEY)
     jax.tree.map(np.testing.assert_array_equal, collections, model.collections)
 
-    keys = base.sample_keys(KEY, batch.uid, batch.slice_index)
-    active = spark.draw_cells(CONFIG, keys, batch.image.shape)
+    active = _active(batch)
 
     @jit
     def output(image: jax.Array) -> jax.Array:
@@ -78,23 +84,44 @@ def test_loss_is_the_squared_error_of_the_hidden_cells() -> None:
     np.testing.assert_allclose(value, np.mean(errors), rtol=1e-5)
 
 
-def test_what_is_seen_has_no_error_of_its_own() -> None:
-    """Only the hidden cells of the target count, and only the seen ones are input."""
+def test_hidden_cells_are_target_only_and_seen_cells_input_only() -> None:
     batch, model = _batch(), _model()
-    keys = base.sample_keys(KEY, batch.uid, batch.slice_index)
-    active = spark.draw_cells(CONFIG, keys, batch.image.shape)
+    active = _active(batch)
     hidden = ~jnp.repeat(jnp.repeat(active, 32, 1), 32, 2)[..., None]
-    gradient = jit(
-        jax.grad(
-            lambda image: spark.loss(
-                CONFIG, model, dataclasses.replace(batch, image=image), KEY, False
-            )[0]
-        )
-    )(batch.image)
-    assert (jnp.abs(gradient) * hidden).sum() > 0
-    flat = dataclasses.replace(batch, image=jnp.where(hidden, 0.0, batch.image))
+    variables = {"params": model.params["spark"], **model.collections["spark"]}
+    network = spark._network(CONFIG, batch.image.shape)
+
+    @jit
+    def errors(image: jax.Array) -> jax.Array:
+        """Squared error of each pixel."""
+        return jnp.square(jnp.asarray(network.apply(variables, image, active)) - image)
+
     run = jit(functools.partial(spark.loss, CONFIG, train=False))
-    assert float(run(model, flat, KEY)[0]) != float(run(model, batch, KEY)[0])
+    for image in (batch.image, jnp.where(hidden, 0.5, batch.image)):
+        value = run(model, dataclasses.replace(batch, image=image), KEY)[0]
+        expected = jnp.where(hidden, errors(image), 0).sum() / hidden.sum()
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # What is hidden does not reach the output.
+    output = jit(lambda image: jnp.asarray(network.apply(variables, image, active)))
+    np.testing.assert_array_equal(
+        output(batch.image), output(jnp.where(hidden, 0.5, batch.image))
+    )
+
+
+def test_blocks_are_skipped_in_training_alone() -> None:
+    batch, model = _batch(), _model()
+    still = dataclasses.replace(CONFIG, drop_path=0.0)
+    values = {
+        (config.drop_path, train): float(
+            jit(functools.partial(spark.loss, config, train=train))(model, batch, KEY)[
+                0
+            ]
+        )
+        for config in (CONFIG, still)
+        for train in (True, False)
+    }
+    assert values[0.5, True] != values[0.0, True]
+    assert values[0.5, False] == values[0.0, False]
 
 
 def test_training_moves_the_statistics() -> None:
@@ -131,40 +158,65 @@ def test_settings_that_cannot_work_are_named(
         dataclasses.replace(CONFIG, **changes).validate()
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return stores.tiny_store(tmp_path_factory.mktemp("spark"), grid=(3, 64, 64, 1))
+
+
+@pytest.fixture(scope="module")
+def pretrained(
+    store: pathlib.Path, tmp_path_factory: pytest.TempPathFactory, mesh1: Mesh
+) -> tuple[pathlib.Path, types.ModelState]:
+    """A pretraining run of two steps, and its model."""
+    directory = tmp_path_factory.mktemp("pretrained") / "run"
+    config = _experiment(store, CONFIG, 2)
+    train.train(config, directory, mesh=mesh1)
+    return directory, runs.final_state(config, directory, mesh1).for_eval()
+
+
+def _experiment(store: pathlib.Path, method: Any, steps: int) -> Any:
+    config = runs.scale_config(store)
+    config.method, config.total_steps, config.batch_size = method, steps, 4
+    config.train.eval_every = config.train.save_every = steps
+    return config
+
+
 def test_a_pretrained_backbone_starts_the_condition_encoder(
-    tmp_path: pathlib.Path, mesh1: Mesh
+    store: pathlib.Path,
+    pretrained: tuple[pathlib.Path, types.ModelState],
+    tmp_path: pathlib.Path,
+    mesh1: Mesh,
 ) -> None:
-    grid = (3, 64, 64, 1)
-    store = stores.tiny_store(tmp_path / "store", grid=grid)
-
-    def experiment(method: base.MethodConfig, steps: int) -> Any:
-        config = runs.scale_config(store)
-        config.method, config.total_steps = method, steps
-        config.batch_size = 4
-        config.train.eval_every = config.train.save_every = steps
-        return config
-
-    pretraining = experiment(CONFIG, 2)
-    train.train(pretraining, tmp_path / "spark", mesh=mesh1)
-    source = runs.final_state(pretraining, tmp_path / "spark", mesh1).for_eval()
-
-    conditioned = experiment(denoisers.cddpm_config(), 1)
-    conditioned.method.optimizer.learning_rate = 1e-12
-    conditioned.train.warm_start = [
-        config_lib.WarmStart(
-            str(tmp_path / "spark"), 2, "spark/backbone", "encoder/backbone"
-        )
+    directory, source = pretrained
+    config = _experiment(store, denoisers.cddpm_config(), 1)
+    config.method.optimizer.learning_rate = 1e-12
+    config.train.warm_start = [
+        config_lib.WarmStart(str(directory), 2, "spark/backbone", "encoder/backbone")
     ]
-    train.train(conditioned, tmp_path / "cddpm", mesh=mesh1)
-    target = runs.final_state(conditioned, tmp_path / "cddpm", mesh1).model
+    train.train(config, tmp_path, mesh=mesh1)
+    target = runs.final_state(config, tmp_path, mesh1).model
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
         target.params["encoder"]["backbone"],
         source.params["spark"]["backbone"],
     )
-    # The statistics went on from those of the pretraining.
-    found = target.collections["encoder"]["batch_stats"]["backbone"]["bn1"]["mean"]
-    before = source.collections["spark"]["batch_stats"]["backbone"]["bn1"]["mean"]
-    assert (found != before).any()
-    np.testing.assert_allclose(found, before, atol=0.2)
-    assert (target.params["encoder"]["fc"]["kernel"] != 0).any()
+
+
+def test_a_backbone_is_taken_with_its_statistics(
+    pretrained: tuple[pathlib.Path, types.ModelState], mesh1: Mesh
+) -> None:
+    directory, source = pretrained
+    state = jit(denoisers.cddpm_config().make(RUN).init)(KEY, _batch())
+    entry = (directory, 2, "spark/backbone", "encoder/backbone")
+    state, fresh = warm_start.warm_start(state, [entry], mesh1)
+    assert all("/denoiser/" in path or "/fc/" in path for path in fresh)
+    for found, expected in (
+        (state.model.params["encoder"], source.params["spark"]),
+        (
+            state.model.collections["encoder"]["batch_stats"],
+            source.collections["spark"]["batch_stats"],
+        ),
+    ):
+        jax.tree.map(
+            np.testing.assert_array_equal, found["backbone"], expected["backbone"]
+        )

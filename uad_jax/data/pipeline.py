@@ -315,8 +315,9 @@ def validation_batches(
     seed: int,
     mesh: Mesh,
     modalities: str = "",
+    sampling: Sampling = Sampling.SLICES,
 ) -> list[Batch]:
-    """Makes the fixed set of examples that checkpoints are compared on.
+    """Makes a set of examples that checkpoints are compared on.
 
     Every volume gives the same number of examples, to within one. The last batch is
     padded with rows of `valid` False and `uid` -1, so nothing is dropped and nothing
@@ -331,6 +332,8 @@ def validation_batches(
       seed: Seeds the choice.
       mesh: The data mesh.
       modalities: Comma-separated; "" = all.
+      sampling: SLICES chooses from the slices with brain, ONE_PER_VOLUME one of all
+        slices of each volume.
 
     Raises:
       ValueError: If there is no example.
@@ -338,7 +341,7 @@ def validation_batches(
     examples = order.candidates(
         volumes,
         store.grid[1] * store.grid[2],
-        sampling=Sampling.SLICES,
+        sampling=sampling,
         num_slices=inputs.num_slices,
         min_brain_fraction=0.0,
     )

@@ -106,7 +106,7 @@ class CddpmConfig:
         self.augment.validate()
 
     def make(self, run: base.RunShape) -> base.Method:
-        """Builds the method. Float fields may be traced scalars."""
+        """Builds the method. Float fields but `augment.max_blur` may be traced."""
         return denoising.method(
             self,
             run,

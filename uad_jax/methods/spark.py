@@ -21,6 +21,7 @@ from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 NETWORK = "spark"  # its name in the parameters
 _STATISTICS = "batch_stats"
+_CELLS, _DROP_PATH = 0, 1  # draws of a row
 
 
 @dataclasses.dataclass
@@ -31,7 +32,10 @@ class SparkConfig:
       stage_sizes: Blocks of its four stages; (3, 4, 6, 3) is ResNet-50.
       width: Channels of its stem.
       decoder_width: Channels of the decoder's first stage, halved by each of five.
-      mask_ratio: Share of the 32x32 cells that are hidden.
+      mask_ratio: Share of the 32x32 cells that are hidden. Fixes their number, so it
+        may not be traced.
+      drop_path: Rate at which training skips the last block; it rises linearly from 0
+        at the first.
       precision: Type of the network's computation.
       accumulate_steps: Micro-batches per optimiser step. Batch statistics are those of
         a micro-batch.
@@ -43,6 +47,7 @@ class SparkConfig:
     width: int = 64
     decoder_width: int = 512
     mask_ratio: float = 0.65
+    drop_path: float = 0.05
     precision: base.Precision = base.Precision.FLOAT32
     accumulate_steps: int = 1
     ema_decay: float = 0.0
@@ -62,11 +67,13 @@ class SparkConfig:
             raise ValueError(
                 f"mask_ratio is {self.mask_ratio}; it must lie between 0 and 1."
             )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it must lie in [0, 1).")
         base.check_training(self.accumulate_steps, self.ema_decay)
         self.optimizer.validate()
 
     def make(self, run: base.RunShape) -> base.Method:
-        """Builds the method. Float fields of the optimiser may be traced scalars."""
+        """Builds the method. Float fields but `mask_ratio` may be traced scalars."""
 
         def init_model(key: Key, batch: Batch) -> ModelState:
             return _init_model(self, key, batch)
@@ -110,7 +117,7 @@ def loss(
       model: Its parameters and statistics.
       batch: Slices, image [B, H, W, C] float32 of about [0, 1], sides multiples of 32.
       key: Key of the step; cells are drawn per slice.
-      train: Whether batch statistics are used and stored.
+      train: Whether batch statistics are used and stored, and blocks skipped.
 
     Returns:
       The loss [] and the collections after it.
@@ -119,13 +126,17 @@ def loss(
       ValueError: If the sides are no multiples of 32, or no cell or all are seen.
     """
     keys = base.sample_keys(key, batch.uid, batch.slice_index)
-    active = draw_cells(config, keys, batch.image.shape)
+    cells = jax.vmap(lambda key: jax.random.fold_in(key, _CELLS))(keys)
+    active = draw_cells(config, cells, batch.image.shape)
+    paths = jax.vmap(lambda key: jax.random.fold_in(key, _DROP_PATH))(keys)
     output, changed = _network(config, batch.image.shape).apply(
         {"params": model.params[NETWORK], **model.collections[NETWORK]},
         batch.image,
         active,
         train=train,
         valid=batch.valid,
+        drop_path=config.drop_path,
+        keys=paths if train else None,
         mutable=[_STATISTICS] if train else [],
     )
     error = jnp.square(output - batch.image.astype(jnp.float32)).mean(axis=-1)
