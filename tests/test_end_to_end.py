@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import shutil
+from typing import Any
 
 import jax
 import nibabel
@@ -130,16 +131,49 @@ def test_report_is_one_file_that_loads_nothing(
     assert str(trained[1].parent) not in page
 
 
-def test_evaluation_is_the_same_on_one_device(
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted name -> number, text or None of plain JSON types."""
+    if isinstance(value, dict):
+        parts = [(f"{name}.{key}", item) for key, item in value.items()]
+    elif isinstance(value, list):
+        parts = [(f"{name}[{place}]", item) for place, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {
+        key: leaf for part, item in parts for key, leaf in _leaves(item, part).items()
+    }
+
+
+def test_fault_D8_an_evaluation_on_eight_devices_has_the_figures_of_one(
     trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
-    evaluated: dict,
+    tmp_path: pathlib.Path,
     mesh1: jax.sharding.Mesh,
+    mesh8: jax.sharding.Mesh,
 ) -> None:
     config, workdir = trained
-    single = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)["test"]
-    for name, row in evaluated["scorers"].items():
-        for key in ("ap_pooled", "auroc_pooled", "slice_auroc", "volume_auroc"):
-            assert single["scorers"][name][key] == pytest.approx(row[key], abs=1e-6)
+    # Five patients with a lesion, so that there are intervals; none of the training.
+    many = stores.tiny_store(tmp_path, {"train": 5, "test": 10})
+    opened = smoke.get_config()
+    config_lib.fill(opened, config_lib.to_dict(config))
+    opened.evaluation.sets = {"many": config_lib.EvaluationSet(store=str(many))}
+    one, eight = (
+        evaluate.evaluate(opened, workdir, mesh=mesh, progress=False)["many"]
+        for mesh in (mesh1, mesh8)
+    )
+    figures = one["scorers"]["smoke"]
+    assert figures["dice_healthy_fpr_pooled"] > 0
+    assert figures["lesion_recall_healthy_fpr"] > 0
+    assert len(figures["ap_volume_mean_interval"]) == 2
+    assert len(figures["dice_healthy_fpr_volume_mean_interval"]) == 2
+    assert len(one["comparison"]["interval"]) == 2
+    for part in ("scorers", "unprocessed", "comparison", "counts"):
+        expected, found = _leaves(one[part]), _leaves(eight[part])
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            same = value
+            if isinstance(value, float):
+                same = pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True)
+            assert found[name] == same, f"{part}{name}"
 
 
 def test_evaluation_leaves_the_run_as_it_was(

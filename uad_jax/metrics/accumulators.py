@@ -1,4 +1,4 @@
-"""Streaming voxel metrics from histograms, for sets too large to hold or to sort.
+"""Voxel metrics from histograms, for sets too large to hold or to sort.
 
 Edges are quantiles of validation scores (`calibration.score_edges`), so that any
 scale of scores will do. Scores that fall into one bin count as tied: AP comes out
@@ -6,113 +6,25 @@ slightly low, AUROC slightly towards 0.5; Dice is exact at every edge. With one 
 per distinct score all equal `metrics.voxel` exactly.
 """
 
-import dataclasses
-
 import numpy as np
 
 from uad_jax.metrics.voxel import VoxelScores
 
 
-@dataclasses.dataclass
-class VoxelCounts:
-    """Voxel counts per score bin, summed over volumes.
-
-    Attributes:
-      edges: Ascending, [K] float32; bins as in `ops.histogram.bin_index`.
-      bins: [2, K + 1] int64: normal voxels, lesion voxels.
-      outside: Voxels that are not scored and rank lowest, [2] int64: normal, lesion.
-      num_volumes: Volumes added.
-    """
-
-    edges: np.ndarray
-    bins: np.ndarray
-    outside: np.ndarray
-    num_volumes: int = 0
-
-    @classmethod
-    def empty(cls, edges: np.ndarray) -> "VoxelCounts":
-        """Starts with no voxels.
-
-        Raises:
-          ValueError: If the edges do not ascend.
-        """
-        edges = np.asarray(edges, np.float32)
-        if edges.ndim != 1 or not len(edges) or not (np.diff(edges) > 0).all():
-            raise ValueError(
-                "Histogram edges must be distinct and ascending, with at least one. "
-                "Take them from calibration.score_edges."
-            )
-        bins = np.zeros((2, len(edges) + 1), np.int64)
-        return cls(edges, bins, np.zeros(2, np.int64))
-
-    def add(self, counts: np.ndarray, outside: np.ndarray) -> None:
-        """Adds volumes.
-
-        Args:
-          counts: [B, 2, K + 1] integers from `ops.histogram.counts`.
-          outside: Voxels of each volume that are not scored, [B, 2] integers:
-            normal, lesion.
-        """
-        if counts.shape[1:] != self.bins.shape or outside.shape != (len(counts), 2):
-            raise ValueError(
-                f"Expected counts [B, {self.bins.shape[0]}, {self.bins.shape[1]}] and "
-                f"outside [B, 2], found {counts.shape} and {outside.shape}."
-            )
-        self.bins += counts.sum(axis=0, dtype=np.int64)
-        self.outside += outside.sum(axis=0, dtype=np.int64)
-        self.num_volumes += len(counts)
-
-    def merge(self, other: "VoxelCounts") -> "VoxelCounts":
-        """Sums the counts of two parts of a set.
-
-        Raises:
-          ValueError: If their edges differ.
-        """
-        if not np.array_equal(self.edges, other.edges):
-            raise ValueError(
-                "Histograms with different edges cannot be merged. Use the edges of "
-                "one calibration for all parts."
-            )
-        return VoxelCounts(
-            self.edges,
-            self.bins + other.bins,
-            self.outside + other.outside,
-            self.num_volumes + other.num_volumes,
-        )
-
-    def average_precision(self) -> float:
-        """Average precision, pooled; NaN without lesion voxels."""
-        return float(average_precision(self.bins, self.outside))
-
-    def auroc(self) -> float:
-        """Area under the ROC curve, pooled; NaN if either kind is absent."""
-        return float(auroc(self.bins, self.outside))
-
-    def best_dice(self) -> tuple[float, float]:
-        """Largest pooled Dice over the edges, and its edge.
-
-        Returns:
-          Dice and threshold, to be used as `score > threshold`; of equal Dice the
-          highest. Where the whole eroded brain is the best prediction, the threshold
-          is the lowest float32. (NaN, NaN) without lesion voxels.
-        """
-        best, place = best_dice(self.bins, self.outside)
-        if np.isnan(best):
-            return best, best
-        thresholds = np.append(self.edges, np.finfo(np.float32).min)
-        return best, float(thresholds[place])
-
-
 def histogram(voxels: VoxelScores, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts one subject's voxels on the host, for resampling of subjects.
+    """Counts the voxels of one volume.
+
+    Bin i holds edges[i - 1] < score <= edges[i]; bin 0 everything up to the first
+    edge, the last bin everything above the last one. So `score > edges[i]` is exactly
+    "in a bin above i".
 
     Args:
-      voxels: Of one subject.
+      voxels: Of one volume.
       edges: Ascending, [K].
 
     Returns:
-      Bins [2, K + 1] int64 (normal, lesion) and outside [2] int64, as in
-      `VoxelCounts`.
+      Bins [2, K + 1] int64 (normal, lesion), and the voxels that are not scored and
+      rank lowest, [2] int64 (normal, lesion).
     """
     edges = np.asarray(edges, voxels.scores.dtype)
     place = np.searchsorted(edges, voxels.scores, side="left")
