@@ -2,10 +2,13 @@
 
 import csv
 import hashlib
+import json
 import pathlib
 import shutil
 import threading
+import time
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import pytest
@@ -13,6 +16,7 @@ from jax.sharding import Mesh
 
 from tests import runs, stores
 from uad_jax import by_step, evaluate, train
+from uad_jax import workdir as workdir_lib
 from uad_jax.config import ExperimentConfig
 
 Trained = tuple[ExperimentConfig, pathlib.Path]
@@ -182,6 +186,64 @@ def test_a_watcher_follows_a_run_to_its_end(
     train.train(config, workdir, mesh=mesh1, progress=False, evaluate=evaluated)
     watcher.join(180)
     assert [row["step"] for row in found] == list(range(1, 11))
+
+
+def _half(workdir: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a run as it was after five of its ten steps, its lock not given back."""
+    shutil.copytree(workdir, target, ignore=shutil.ignore_patterns("results"))
+    for step in range(6, 11):
+        shutil.rmtree(target / "checkpoints" / str(step))
+    note = {"host": "here", "pid": 1, "since": "yesterday"}
+    (target / workdir_lib.LOCK).write_text(json.dumps(note))
+
+
+def test_a_watcher_of_a_run_that_died_ends_and_says_so(
+    trained: Trained, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    config, workdir = trained
+    _half(workdir, tmp_path / "run")
+    options = {"watch": True, "poll_seconds": 0.05, "grace_seconds": 0.3}
+    options |= {"mesh": mesh1, "progress": False}
+    with mock.patch.object(by_step.logging, "warning") as warned:
+        rows = by_step.evaluate_steps(config, tmp_path / "run", **options)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    (said,) = [call.args[0] % call.args[1:] for call in warned.call_args_list]
+    assert f"trained in {tmp_path / 'run'} for 0.005 minutes" in said
+    assert "step 5 of 10" in said
+    with pytest.raises(ValueError, match=r"within --steps=7:; there are \[1, 2"):
+        by_step.evaluate_steps(config, tmp_path / "run", steps="7:", **options)
+
+
+def test_a_watcher_waits_as_long_as_a_process_holds_the_run(
+    trained: Trained, tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    config, workdir = trained
+    _half(workdir, tmp_path / "run")
+    ended = threading.Event()
+
+    def watch() -> None:
+        by_step.evaluate_steps(
+            config,
+            tmp_path / "run",
+            steps="5:",
+            watch=True,
+            poll_seconds=0.05,
+            grace_seconds=0.1,
+            mesh=mesh1,
+            progress=False,
+        )
+        ended.set()
+
+    with workdir_lib.opened(tmp_path / "run"):
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        evaluated = tmp_path / "run" / "results" / by_step.FILE
+        while watcher.is_alive() and not evaluated.exists():
+            time.sleep(0.05)
+        watcher.join(1.0)
+        assert watcher.is_alive()
+    watcher.join(180)
+    assert ended.is_set()
 
 
 def test_a_step_that_the_run_deletes_is_passed_over(

@@ -1,6 +1,7 @@
 """Evaluates many checkpoints of a run, also while it trains: `results/by_step.csv`."""
 
 import csv
+import fcntl
 import hashlib
 import math
 import pathlib
@@ -22,6 +23,7 @@ from uad_jax import (
 )
 from uad_jax import mesh as mesh_lib
 from uad_jax import results as results_lib
+from uad_jax import workdir as workdir_lib
 from uad_jax.checkpoint import CheckpointError
 from uad_jax.config import ExperimentConfig
 from uad_jax.evaluation import Context
@@ -39,6 +41,7 @@ def evaluate_steps(
     steps: str = "all",
     watch: bool = False,
     poll_seconds: float = 10.0,
+    grace_seconds: float = 300.0,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> list[Row]:
@@ -53,8 +56,11 @@ def evaluate_steps(
       workdir: The run. Gets `results/by_step.csv` and the thresholds of each step;
         nothing else in it is changed.
       steps: "all", or "A:B" for A <= step <= B, either of which may be absent.
-      watch: Whether to wait for new checkpoints until the run is finished.
+      watch: Whether to wait for new checkpoints until the run is finished, or until
+        nothing trains in the workdir any more.
       poll_seconds: Time between looks, if it waits.
+      grace_seconds: How long nothing may train there: a run that stopped may be
+        started again.
       mesh: Devices; None = all.
       progress: Whether to show progress bars.
 
@@ -73,9 +79,9 @@ def evaluate_steps(
     with saved_run.opened(config, workdir, mesh) as run:
         compiled = evaluate.program(run, mesh)
         rows = _known_rows(run, mesh)
+        watcher = _Watcher(run, last, grace_seconds) if watch else None
         while True:
-            there = run.steps()
-            waits = watch and not run.finished() and not (there and there[-1] >= last)
+            waits = watcher is not None and watcher.waits()
             # After that question: what ended the run is then among the steps.
             wanted = [step for step in run.steps() if first <= step <= last]
             if not wanted and not waits:
@@ -86,15 +92,66 @@ def evaluate_steps(
             new = [step for step in wanted if not _is_known(config, rows, step)]
             for step in new:
                 rows = _add_step(run, step, compiled, mesh, progress, rows)
-            if not waits:
+            if watcher is None or not waits:
                 return rows
-            if not new:
+            if new:
+                watcher.saw_life()
+            else:
                 logging.log_every_n_seconds(
                     logging.INFO,
                     "Waiting for the next checkpoint; Ctrl-C ends it.",
                     600,
                 )
                 time.sleep(poll_seconds)
+
+
+class _Watcher:
+    """Knows whether a run will make more checkpoints."""
+
+    def __init__(self, run: SavedRun, last: float, grace_seconds: float) -> None:
+        self._run = run
+        self._last = last
+        self._grace_seconds = grace_seconds
+        self._alive = time.monotonic()
+
+    def saw_life(self) -> None:
+        """Begins the time of grace anew."""
+        self._alive = time.monotonic()
+
+    def waits(self) -> bool:
+        """False at the end of the run, and aloud when nobody trains any more."""
+        steps = self._run.steps()
+        if self._run.finished() or (steps and steps[-1] >= self._last):
+            return False
+        if _trains(self._run.workdir):
+            self.saw_life()
+        if time.monotonic() - self._alive <= self._grace_seconds:
+            return True
+        logging.warning(
+            "No process has trained in %s for %.3g minutes, and the run is at step %d "
+            "of %d: it is not waited for any longer. See why it stopped, start it "
+            "again with the same command, and watch it again.",
+            self._run.workdir,
+            self._grace_seconds / 60,
+            steps[-1] if steps else 0,
+            self._run.config.total_steps,
+        )
+        return False
+
+
+def _trains(workdir: pathlib.Path) -> bool:
+    """Whether a process holds the lock of a run; True where that cannot be known."""
+    try:
+        with (workdir / workdir_lib.LOCK).open("rb") as file:
+            if not file.read(1):
+                return False  # emptied on the way out
+            # Held for an instant only, and only while the note of another is there.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is held, or the file system has no locks
+        return True
 
 
 def render(rows: Sequence[Row]) -> str:
