@@ -140,6 +140,23 @@ def test_maps_made_elsewhere_say_so_and_have_no_training(
     assert "another tool" not in page.text
 
 
+def test_lesion_that_the_mask_loses_is_a_share_with_its_dice(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    _, page = reports.written(tmp_path, results)
+    assert "Out of reach" not in page.facts
+    results["scorers"]["vae"] |= {
+        "out_of_reach_percent_pooled": 12.34,
+        "dice_reachable_pooled": 0.9344,
+    }
+    _, page = reports.written(tmp_path, results)
+    assert page.facts["Out of reach"] == (
+        "12.3 % of the lesion voxels lie outside the eroded brain mask; a perfect map "
+        "would have a pooled Dice of 0.934"
+    )
+
+
 def test_banners_appear_where_they_are_due(tmp_path: pathlib.Path) -> None:
     results = reports.complete()
     _, page = reports.written(tmp_path, results)

@@ -120,7 +120,7 @@ def test_slices_without_annotation_are_not_taken_for_healthy_ones() -> None:
     assert row["slice_auroc"] == pytest.approx(3 / 4)  # as without it
     assert row["volume_auroc"] == pytest.approx(5 / 6)  # its label is known
     assert summary.subject_row(unknown)["dice_healthy_fpr"] == ""
-    assert np.isnan(summary.metrics([unknown], RULE, num_samples=10)["slice_auroc"])
+    assert "slice_auroc" not in summary.metrics([unknown], RULE, num_samples=10)
 
 
 def test_fault_D11_volumes_with_neither_lesion_nor_finding_are_counted() -> None:
@@ -133,7 +133,40 @@ def test_without_any_lesion_there_are_no_voxel_figures() -> None:
     healthy = [one for one in _four() if not one.abnormal]
     row = summary.metrics(healthy, RULE, num_samples=10)
     assert "ap_pooled" not in row
-    assert np.isnan(row["volume_auroc"])
+    assert "volume_auroc" not in row
+    assert "lesion_precision_healthy_fpr" not in row
+
+
+def test_what_the_data_do_not_define_is_absent() -> None:
+    silent = [
+        dataclasses.replace(
+            result(n, [2.0, 1.0], [1, 0]),
+            found={
+                RULE: Found(
+                    voxel.Confusion(0, 0, 10, 1),
+                    lesionwise.LesionCounts(np.array([0.1]), np.array([False]), 0, 0),
+                )
+            },
+            slice_lesion=np.array([True]),
+            reconstruction={"l1_brain": 0.1, "psnr": math.nan},
+        )
+        for n in range(6)
+    ]
+    row = summary.metrics(silent, RULE, num_samples=10)
+    assert row["lesion_recall_healthy_fpr"] == 0  # defined, and 0
+    for name in (
+        "precision_healthy_fpr_pooled",
+        "lesion_precision_healthy_fpr",
+        "slice_auroc",
+        "volume_auroc",
+        "volume_auroc_interval",
+    ):
+        assert name not in row, name
+    assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
+    healthy = result(9, [1.0], [0], abnormal=False)
+    healthy = dataclasses.replace(healthy, reconstruction=silent[0].reconstruction)
+    tables = summarize({"model": [*silent, healthy]})
+    assert tables["healthy_reconstruction"] == {"l1_brain": 0.1}
 
 
 def test_few_subjects_are_shown_one_by_one() -> None:
@@ -235,6 +268,82 @@ def test_intervals_hold_their_estimates_and_resample_patients() -> None:
         row["ap_volume_mean_interval"]
     )
     assert doubled["ap_pooled_interval"] == pytest.approx(row["ap_pooled_interval"])
+
+
+def _scanned(num_abnormal: int, num_healthy: int) -> list[VolumeResult]:
+    """Two volumes of each patient, abnormal or healthy."""
+    rng = np.random.default_rng(0)
+    kinds = [True] * num_abnormal + [False] * num_healthy
+    return [
+        result(
+            2 * n + i,
+            list(rng.random(9)),
+            [int(abnormal), *[0] * 8],
+            abnormal=abnormal,
+            patient=f"p{n:02d}",
+            volume_score=float(rng.random() + 0.5 * abnormal),
+            found=(int(rng.integers(2)) * abnormal, int(rng.integers(1, 9)), 1),
+        )
+        for n, abnormal in enumerate(kinds)
+        for i in range(2)
+    ]
+
+
+SURE = (
+    "volume_auroc",
+    "slice_auroc",
+    "ap_pooled",
+    "auroc_pooled",
+    "lesion_recall_healthy_fpr",
+    "false_positive_ml_healthy_fpr_healthy_mean",
+)
+
+
+def test_figures_of_scans_and_lesions_have_intervals_and_say_of_how_many() -> None:
+    row = summary.metrics(_scanned(8, 6), RULE, num_samples=200)
+    for name in SURE:
+        low, high = row[f"{name}_interval"]
+        assert low <= row[name] <= high, name
+        assert low < high, name
+    counts = row["interval_patients"]
+    assert counts["volume_auroc"] == counts["slice_auroc"] == 14
+    assert counts["lesion_recall_healthy_fpr"] == counts["auroc_pooled"] == 8
+    assert counts["false_positive_ml_healthy_fpr_healthy_mean"] == 6
+    doubled = [
+        *_scanned(8, 6),
+        *(
+            dataclasses.replace(
+                one, info=dataclasses.replace(one.info, subject=f"{one.info.subject}b")
+            )
+            for one in _scanned(8, 6)
+        ),
+    ]
+    again = summary.metrics(doubled, RULE, num_samples=200)
+    for name in SURE:  # the same patients say nothing more
+        assert again[f"{name}_interval"] == pytest.approx(row[f"{name}_interval"])
+
+
+def test_fewer_than_five_patients_of_either_kind_have_no_interval() -> None:
+    few = summary.metrics(_scanned(8, 4), RULE, num_samples=50)
+    assert "volume_auroc" in few
+    assert "volume_auroc_interval" not in few
+    assert "false_positive_ml_healthy_fpr_healthy_mean_interval" not in few
+    assert "lesion_recall_healthy_fpr_interval" in few
+    few = summary.metrics(_scanned(4, 8), RULE, num_samples=50)
+    assert not {f"{name}_interval" for name in SURE[:5]} & few.keys()
+    assert few["interval_patients"] == {"false_positive_ml_healthy_fpr_healthy_mean": 8}
+    assert "interval_patients" not in summary.metrics(_scanned(8, 6), RULE)
+
+
+def test_the_reach_of_a_perfect_map_is_stated() -> None:
+    volumes = [
+        dataclasses.replace(one, lesion_voxels=n, outside_lesion=lost)
+        for one, n, lost in zip(_four(), (10, 30, 0, 0), (4, 6, 0, 0), strict=True)
+    ]
+    row = summary.metrics(volumes, RULE)
+    assert row["out_of_reach_percent_pooled"] == pytest.approx(25)
+    # 30 of 40 voxels found, nothing else: 2 * 30 / (30 + 40).
+    assert row["dice_reachable_pooled"] == pytest.approx(6 / 7)
 
 
 def test_histograms_stand_in_for_voxels_that_are_not_kept() -> None:

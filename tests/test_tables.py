@@ -81,6 +81,32 @@ def test_a_rate_of_its_own_has_a_row_of_its_own(tmp_path: pathlib.Path) -> None:
     ]
 
 
+def test_captions_say_on_how_many_patients_intervals_rest(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    rate, recall = "false_positive_ml_healthy_fpr_healthy_mean", "healthy_fpr_5"
+    model = results["scorers"]["vae"]
+    model["volume_auroc_interval"] = [0.25, 0.75]
+    model[f"lesion_recall_{recall}_interval"] = [0.125, 0.875]
+    model["interval_patients"] = {
+        "ap_pooled": 24,
+        "ap_volume_mean": 24,
+        "volume_auroc": 36,
+        f"lesion_recall_{recall}": 23,
+        rate: 12,  # not at the operating row's own rule: not said
+    }
+    _, page = reports.written(tmp_path, results)
+    caption = report._caption(results)
+    assert caption.endswith(
+        "over patients: 24 for AP pooled / AP volume mean; 36 for Volume AUROC."
+    )
+    assert "[0.250, 0.750]" in page.tables[caption][1][-1]
+    (operating,) = (name for name in page.tables if name.startswith("Thresholds were"))
+    assert operating.endswith("over patients: 23 for Recall (lesions).")
+    assert "[0.125, 0.875]" in " ".join(page.tables[operating][3])
+
+
 def test_numbers_that_do_not_exist_are_dashes() -> None:
     assert [tables.number(x) for x in (None, math.nan, math.inf)] == ["-", "-", "-"]
     assert tables.number(0.0) == "0.000"

@@ -193,17 +193,11 @@ def _old_false_positives(results: Mapping[str, Any]) -> str:
 
 
 def _caption(results: Mapping[str, Any]) -> str:
-    intervals = any(
-        key.endswith("_interval")
-        for metrics in results["scorers"].values()
-        for key in metrics
-    )
     text = f"First {results['run']['name']}"
     if len(results["scorers"]) > 1:
         text += ", then baselines that learn nothing or only means"
-    if intervals:
-        text += ". In brackets: 95 % bootstrap interval over patients"
-    return text + "."
+    columns = [(key, heading) for key, heading, _ in tables.COLUMNS]
+    return f"{text}. {tables.interval_note(_model(results), columns)}".rstrip()
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -223,6 +217,16 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if _has_voxel_figures(results) and results.get("pooled"):
         rows.append(("Pooled figures", _POOLED[results["pooled"]]))
+    lost = _model(results).get("out_of_reach_percent_pooled")
+    if tables.exists(lost):
+        best = _model(results)["dice_reachable_pooled"]
+        rows.append(
+            (
+                "Out of reach",
+                f"{lost:.1f} % of the lesion voxels lie outside the eroded brain mask; "
+                f"a perfect map would have a pooled Dice of {best:.3f}",
+            )
+        )
     return rows
 
 

@@ -4,9 +4,10 @@ Pooled figures and means over volumes are different things and never share a nam
 Detection figures are over annotated abnormal volumes; slice- and volume-level ones
 also over the healthy volumes. Slices of abnormal volumes without annotation count
 nowhere: which of them hold lesion is not known. Sham implants count in no figure but
-their own. Intervals resample patients.
+their own. Intervals resample patients. What the data do not define is absent.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,12 +95,16 @@ def _belongs(result: VolumeResult, group_by: str, group: str) -> bool:
 def metrics(
     results: Sequence[VolumeResult], rule: str | None, num_samples: int = 0
 ) -> dict[str, Any]:
-    """The figures of one row; NaN where the data do not define one.
+    """The figures of one row; those that the data do not define are absent.
 
     Args:
       results: The volumes.
       rule: Of the operating threshold.
       num_samples: Bootstrap resamplings; 0 = no intervals.
+
+    Returns:
+      Name -> figure, "<name>_interval" -> [low, high], and "interval_patients": name
+      -> how many patients its interval rests on.
     """
     results = [one for one in results if not one.sham]
     lesions = [one for one in results if one.has_lesion]
@@ -111,16 +116,53 @@ def metrics(
         row |= _threshold_metrics(results, lesions, name, name == rule, num_samples)
     # In an abnormal volume with an empty mask no slice is known to be healthy.
     known = [one for one in results if one.annotated and one.abnormal <= one.has_lesion]
-    nothing = np.zeros(0, np.float32)  # concatenate needs an array
-    row["slice_auroc"] = voxel.label_auroc(
-        np.concatenate([nothing, *(one.slice_score for one in known)]),
-        np.concatenate([nothing, *(one.slice_lesion for one in known)]),
+    slices = [(one.slice_score, one.slice_lesion) for one in known]
+    row |= _label_auroc("slice_auroc", known, slices, num_samples)
+    volumes = [
+        (np.array([one.volume_score]), np.array([one.abnormal])) for one in results
+    ]
+    row |= _label_auroc("volume_auroc", results, volumes, num_samples)
+    return _plain(row)
+
+
+def _label_auroc(
+    name: str,
+    results: Sequence[VolumeResult],
+    labelled: Sequence[tuple[np.ndarray, np.ndarray]],
+    num_samples: int,
+) -> dict[str, Any]:
+    """AUROC of the scores and labels that each volume has."""
+    scores = np.concatenate([np.zeros(0, np.float32), *(one for one, _ in labelled)])
+    labels = np.concatenate([np.zeros(0, bool), *(one for _, one in labelled)])
+    patients = np.array(
+        [
+            one.info.patient
+            for one, (own, _) in zip(results, labelled, strict=True)
+            for _ in own
+        ],
+        str,
     )
-    row["volume_auroc"] = voxel.label_auroc(
-        np.array([one.volume_score for one in results], np.float64),
-        np.array([one.abnormal for one in results], bool),
-    )
+    row: dict[str, Any] = {name: voxel.label_auroc(scores, labels)}
+    fewest = min(len(np.unique(patients[labels == kind])) for kind in (True, False))
+    if num_samples and fewest >= verdict.MIN_PATIENTS_TO_RANK:
+        row[f"{name}_interval"] = statistics.bootstrap_auroc(
+            scores, labels, patients.tolist(), num_samples=num_samples
+        )
     return row
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops what is undefined, and makes intervals plain values."""
+    plain: dict[str, Any] = {}
+    patients: dict[str, int] = {}
+    for key, value in row.items():
+        if isinstance(value, statistics.Interval):
+            if not math.isnan(value.low):
+                plain[key] = [value.low, value.high]
+                patients[key.removesuffix("_interval")] = value.num_subjects
+        elif not (isinstance(value, float) and math.isnan(value)):
+            plain[key] = value
+    return plain | ({"interval_patients": patients} if patients else {})
 
 
 def _exact(results: Sequence[VolumeResult]) -> bool:
@@ -128,7 +170,8 @@ def _exact(results: Sequence[VolumeResult]) -> bool:
 
 
 def _voxel_metrics(lesions: Sequence[VolumeResult], num_samples: int) -> dict[str, Any]:
-    row: dict[str, Any] = _pooled(lesions) | {
+    row: dict[str, Any] = _pooled(lesions) | _reach(lesions)
+    row |= {
         "ap_volume_mean": _mean([one.ap for one in lesions]),
         "auroc_volume_mean": _mean([one.auroc for one in lesions]),
         "dice_ceiling_volume_mean": _mean([one.dice_ceiling for one in lesions]),
@@ -145,11 +188,24 @@ def _voxel_metrics(lesions: Sequence[VolumeResult], num_samples: int) -> dict[st
             np.stack([outside for _, outside in histograms]),
             [one.info.patient for one in lesions],
         )
-        pooled = statistics.bootstrap_histograms(
-            accumulators.average_precision, bins, outside, num_samples=num_samples
-        )
-        row["ap_pooled_interval"] = [pooled.low, pooled.high]
+        for name, metric in statistics.POOLED.items():
+            row[f"{name}_interval"] = statistics.bootstrap_histograms(
+                metric, bins, outside, num_samples=num_samples
+            )
     return row
+
+
+def _reach(lesions: Sequence[VolumeResult]) -> dict[str, float]:
+    """What brain mask and erosion leave to be found, by a perfect map.
+
+    Such a map finds every lesion voxel within the eroded brain and nothing else.
+    """
+    total = sum(one.lesion_voxels for one in lesions)
+    outside = sum(one.outside_lesion for one in lesions)
+    return {
+        "out_of_reach_percent_pooled": 100 * outside / total,
+        "dice_reachable_pooled": 2 * (total - outside) / (2 * total - outside),
+    }
 
 
 def _pooled(lesions: Sequence[VolumeResult]) -> dict[str, float]:
@@ -223,19 +279,24 @@ def _threshold_metrics(
         values = [one.dice(rule) for one in lesions]
         row[f"dice_{rule}_volume_mean"] = _mean(values)
         if num_samples and not _too_few(lesions):
-            interval = verdict.interval(lesions, values, num_samples)
-            row[f"dice_{rule}_volume_mean_interval"] = interval
+            row[f"dice_{rule}_volume_mean_interval"] = verdict.interval(
+                lesions, values, num_samples
+            )
         pooled = voxel.Confusion(
             *np.sum([one.found[rule].counts for one in lesions], axis=0).tolist()
         )
         row[f"dice_{rule}_pooled"] = voxel.dice(pooled)
         row[f"precision_{rule}_pooled"] = voxel.precision(pooled)
         row[f"recall_{rule}_pooled"] = voxel.recall(pooled)
-        row |= _lesion_metrics(lesions, rule, operating)
+        row |= _lesion_metrics(lesions, rule, operating, num_samples)
     healthy = [one for one in results if one.healthy]
     if healthy:
         found = [one.found[rule].num_voxels * one.voxel_ml for one in healthy]
         row[f"false_positive_ml_{rule}_healthy_mean"] = _mean(found)
+        if num_samples and not _too_few(healthy):
+            row[f"false_positive_ml_{rule}_healthy_mean_interval"] = verdict.interval(
+                healthy, found, num_samples
+            )
         counts = [one.found[rule].lesions for one in healthy]
         components = [one.num_components for one in counts if one is not None]
         if components:
@@ -244,21 +305,29 @@ def _threshold_metrics(
 
 
 def _lesion_metrics(
-    lesions: Sequence[VolumeResult], rule: str, operating: bool
+    lesions: Sequence[VolumeResult], rule: str, operating: bool, num_samples: int
 ) -> dict[str, Any]:
-    counts = [one.found[rule].lesions for one in lesions]
-    if any(one is None for one in counts):
+    found = [one.found[rule].lesions for one in lesions]
+    counts = [one for one in found if one is not None]
+    if len(counts) < len(lesions):
         return {}
-    pooled = lesionwise.pool([one for one in counts if one is not None])
+    pooled = lesionwise.pool(counts)
     row = {
         f"{name}_{rule}": pooled[name]
         for name in ("lesion_recall", "lesion_precision", "lesion_f1")
     }
+    if num_samples and not _too_few(lesions):
+        row[f"lesion_recall_{rule}_interval"] = statistics.bootstrap_ratio(
+            [int(one.found.sum()) for one in counts],
+            [len(one.found) for one in counts],
+            [one.info.patient for one in lesions],
+            num_samples=num_samples,
+        )
     return row | ({"by_lesion_size": pooled["by_size"]} if operating else {})
 
 
-def _too_few(lesions: Sequence[VolumeResult]) -> bool:
-    return verdict.num_patients(lesions) < verdict.MIN_PATIENTS_TO_RANK
+def _too_few(results: Sequence[VolumeResult]) -> bool:
+    return verdict.num_patients(results) < verdict.MIN_PATIENTS_TO_RANK
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -269,7 +338,8 @@ def _healthy_reconstruction(results: Sequence[VolumeResult]) -> dict[str, float]
     healthy = [one.reconstruction for one in results if one.healthy]
     if not healthy or not healthy[0]:
         return {}
-    return {name: _mean([errors[name] for errors in healthy]) for name in healthy[0]}
+    means = {name: _mean([errors[name] for errors in healthy]) for name in healthy[0]}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
 
 def _counts(results: Sequence[VolumeResult], rule: str | None) -> dict[str, int]:

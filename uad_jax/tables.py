@@ -158,6 +158,29 @@ def with_interval(metrics: Metrics, key: str, digits: int = 3) -> str:
     return text
 
 
+def interval_note(metrics: Metrics, named: Iterable[tuple[str, str]]) -> str:
+    """Says what the brackets of a table are, and how many patients they rest on.
+
+    Args:
+      metrics: One row; the others are of the same volumes.
+      named: Key and heading of each column.
+
+    Returns:
+      A sentence; "" without intervals.
+    """
+    named = [(key, heading) for key, heading in named if f"{key}_interval" in metrics]
+    if not named:
+        return ""
+    known = metrics.get("interval_patients") or {}
+    headings: dict[int, list[str]] = {}
+    for key, heading in named:
+        if key in known:
+            headings.setdefault(known[key], []).append(heading)
+    text = "In brackets: 95 % bootstrap interval over patients"
+    counts = [f"{n} for {' / '.join(words)}" for n, words in headings.items()]
+    return f"{text}: {'; '.join(counts)}." if counts else f"{text}."
+
+
 def used_columns(*tables: Scorers) -> list[tuple[str, str, str]]:
     """Those of `COLUMNS` that at least one scorer of some table has."""
     return [
@@ -239,9 +262,18 @@ def operating_points(results: Mapping[str, Any]) -> Table | None:
         head.append(("Dice volume mean", meaning))
         groups.append((best, 1))
     order = list(rules)
+    note = interval_note(
+        metrics,
+        [
+            (one.key.format(rule=rule), f"{one.heading} ({one.group.lower()})")
+            for one in figures
+            for rule in rules
+            if rule == operating
+        ],
+    )
     return Table(
         "Thresholds were fixed on validation scans before any test scan was scored, "
-        "except the ceiling.",
+        f"except the ceiling. {note}".rstrip(),
         head,
         rows,
         marked=order.index(operating) if operating in order else None,

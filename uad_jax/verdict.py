@@ -16,14 +16,13 @@ Results = Mapping[str, Sequence[VolumeResult]]
 
 def interval(
     results: Sequence[VolumeResult], values: Sequence[float], num_samples: int
-) -> list[float]:
+) -> statistics.Interval:
     """Interval of the mean over volumes; patients, the statistical unit, are drawn."""
-    found = statistics.bootstrap_volumes(
+    return statistics.bootstrap_volumes(
         {one.info.subject: value for one, value in zip(results, values, strict=True)},
         {one.info.subject: one.info.patient for one in results},
         num_samples=num_samples,
     )
-    return [found.low, found.high]
 
 
 def num_patients(results: Sequence[VolumeResult]) -> int:
@@ -56,13 +55,14 @@ def compare(found: Results, num_samples: int) -> dict[str, Any]:
     precisions = {name: np.array([x.ap for x in one]) for name, one in lesions.items()}
     best = max(others, key=lambda name: precisions[name].mean())
     gaps = precisions[model] - precisions[best]
+    found_interval = interval(own, gaps.tolist(), num_samples)
     return {
         "num_patients": num_patients(own),
         "num_volumes": len(own),
         "model": model,
         "best_baseline": best,
-        "ap_volume_mean_difference": float(gaps.mean()),
-        "interval": interval(own, gaps.tolist(), num_samples),
+        "ap_volume_mean_difference": found_interval.estimate,
+        "interval": [found_interval.low, found_interval.high],
     }
 
 
@@ -138,7 +138,8 @@ def sham(found: Results, num_samples: int) -> dict[str, dict[str, Any]]:
         gaps = np.subtract(real, fake)
         bounds = None
         if num_patients(implants) >= MIN_PATIENTS_TO_RANK:
-            bounds = interval(implants, gaps.tolist(), num_samples)
+            drawn = interval(implants, gaps.tolist(), num_samples)
+            bounds = [drawn.low, drawn.high]
         table[name] = {
             "num_pairs": len(pairs),
             "implant_mean": float(np.mean(real)),
