@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import zipfile
 from typing import Any
 
 import matplotlib.image
@@ -147,6 +148,50 @@ def test_a_store_that_is_gone_is_said(tmp_path: pathlib.Path) -> None:
     assert found == []
     assert "the store of the images is gone" in notes[0]
     assert "/nowhere" not in notes[0]
+
+
+def _flip(path: pathlib.Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_damaged_segmentations_of_one_run_cost_its_pictures_only(
+    store: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    runs = two(tmp_path, str(store))
+    path = tmp_path / "half" / "results" / "test_found.npz"
+    with zipfile.ZipFile(path) as archive:
+        members = [one for one in archive.infolist() if "index" not in one.filename]
+    for member in members:  # after they were checked: the packed voxels
+        start = member.header_offset + 30 + len(member.filename) + 20
+        _flip(path, start + member.compress_size - 3)
+    found, notes = panels.choose(runs)
+    assert [set(one.found) for one in found] == [{"none"}] * 3
+    (note,) = notes
+    assert "segmentations of half are damaged" in note
+    assert str(tmp_path) not in note
+    (tmp_path / "none" / "results" / "test_found.npz").unlink()
+    found, notes = panels.choose(runs)
+    assert found == []
+    assert notes[-1] == "There are no pictures."
+    assert not any(str(tmp_path) in note for note in notes)
+
+
+def test_a_damaged_record_of_the_store_is_a_note_without_its_folder(
+    tmp_path: pathlib.Path,
+) -> None:
+    own = stores.tiny_store(tmp_path, {"train": 1, "test": 8})
+    runs = two(tmp_path, str(own))
+    (records,) = own.rglob("*.array_record-*")
+    data = bytearray(records.read_bytes())
+    data[256:-65536] = bytes(byte ^ 0xFF for byte in data[256:-65536])
+    records.write_bytes(data)
+    found, notes = panels.choose(runs)
+    assert found == []
+    (note,) = notes
+    assert "the store 'store' of the images is damaged at 'test-" in note
+    assert str(tmp_path) not in note
 
 
 def test_segmentations_of_another_shape_are_said(

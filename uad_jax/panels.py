@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -56,17 +57,51 @@ def choose(entries: Sequence[Entry]) -> tuple[list[Panel], list[str]]:
     the runs' Dice is farthest apart; without lesion masks by volume score.
 
     Returns:
-      The panels, and notes on what cannot be shown.
+      The panels, and notes on what cannot be shown. The notes stand in pages that are
+      passed on: they name no folder of the machine, which the log does.
     """
     drawable = [entry for entry in entries if entry.found is not None]
     if not drawable:
         return [], ["No run has stored segmentations: there are no pictures."]
     chosen = chosen_subjects(entries)
+    found, notes = _read_found(drawable, chosen)
+    readable = [entry for entry in drawable if entry.name in found]
+    if not readable:
+        return [], [*notes, "There are no pictures."]
     try:
-        store = _open_store(drawable)
-        return [_panel(store, drawable, *item) for item in chosen.items()], []
-    except (sources.StoreError, segmentations.SegmentationsError, OSError) as error:
-        return [], [f"There are no pictures: {error}"]
+        store = _open_store(readable)
+        panels = [
+            _panel(store, readable, found, subject, why)
+            for subject, why in chosen.items()
+        ]
+    except _NoPicturesError as error:
+        return [], [*notes, f"There are no pictures: {error}"]
+    return panels, notes
+
+
+class _NoPicturesError(ValueError):
+    """Why there are none, without a path."""
+
+
+def _read_found(
+    entries: Sequence[Entry], subjects: Collection[str]
+) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Run -> subject -> segmentation, of the files that can be read, and notes."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    notes = []
+    for entry in entries:
+        masks: Mapping[str, np.ndarray] = entry.found or {}
+        try:
+            found[entry.name] = {
+                name: masks[name] for name in subjects if name in masks
+            }
+        except segmentations.SegmentationsError as error:
+            logging.warning("There are no pictures of %s: %s", entry.name, error)
+            notes.append(
+                f"The stored segmentations of {entry.name} are damaged: there are no "
+                "pictures of it. Evaluate the run again."
+            )
+    return found, notes
 
 
 def chosen_subjects(entries: Sequence[Entry]) -> dict[str, str]:
@@ -248,26 +283,39 @@ def _open_store(entries: Sequence[Entry]) -> sources.Store:
                 return sources.Store.open(entry.store)
             except (sources.StoreError, OSError):
                 continue
-    raise sources.StoreError(
+    raise _NoPicturesError(
         "the store of the images is gone or damaged. Put it back where the evaluation "
         "found it, or evaluate the runs on it again."
     )
 
 
 def _panel(
-    store: sources.Store, entries: Sequence[Entry], subject: str, why: str
+    store: sources.Store,
+    entries: Sequence[Entry],
+    masks: Mapping[str, Mapping[str, np.ndarray]],
+    subject: str,
+    why: str,
 ) -> Panel:
     infos = {info.subject: info for info in store.volumes}
     if subject not in infos:
-        raise sources.StoreError(f"the store has no subject {subject!r} any more.")
+        raise _NoPicturesError(f"the store has no subject {subject!r} any more.")
     info = infos[subject]
-    codes, plane = store.read_volume(info.uid)
+    try:
+        codes, plane = store.read_volume(info.uid)
+    except (sources.StoreError, OSError) as error:
+        logging.warning("There are no pictures: %s", error)
+        raise _NoPicturesError(
+            f"the store {store.path.name!r} of the images is damaged at {subject!r}. "
+            "Prepare it again."
+        ) from error
     found = {
-        e.name: e.found[subject] for e in entries if e.found and subject in e.found
+        entry.name: masks[entry.name][subject]
+        for entry in entries
+        if subject in masks[entry.name]
     }
     odd = [name for name, mask in found.items() if mask.shape != plane.shape]
     if odd:
-        raise sources.StoreError(
+        raise _NoPicturesError(
             f"the store's {subject!r} has the shape {plane.shape}, but the "
             f"segmentation of {odd[0]} is {found[odd[0]].shape}."
         )
