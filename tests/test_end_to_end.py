@@ -16,7 +16,7 @@ import pytest
 from configs import smoke
 from tests import stores
 from uad_jax import config as config_lib
-from uad_jax import evaluate, train
+from uad_jax import evaluate, prediction, train
 from uad_jax import mesh as mesh_lib
 from uad_jax.data import sources
 from uad_jax.metrics import calibration
@@ -117,6 +117,17 @@ def test_maps_lie_on_the_grid_of_the_scan(
     assert image.shape == info.geometry.native_shape
     np.testing.assert_allclose(image.affine, info.geometry.native_affine)
     assert image.get_data_dtype() == np.float32
+
+
+def test_every_map_says_in_its_header_that_it_is_for_research_only(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path], evaluated: dict
+) -> None:
+    del evaluated
+    paths = sorted((trained[1] / "maps").rglob("*.nii.gz"))
+    assert len(paths) == 2 * 3 + 2  # two of each test scan, one of each validation scan
+    for path in paths:
+        said = nibabel.load(path).header["descrip"].item().decode()
+        assert said == prediction._IN_HEADER, path.name
 
 
 def test_report_is_one_file_that_loads_nothing(

@@ -19,7 +19,8 @@ def write(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> None:
     folder = context.workdir / "maps" / context.name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{info.subject}_desc-anomaly_map.nii.gz"
-    nifti.write_map(path, on_scan(arrays, info.geometry), info.geometry)
+    shown_map = on_scan(arrays, info.geometry)
+    nifti.write_map(path, shown_map, info.geometry, description=maps.NOTICE)
     write_scores(context, info, arrays)
 
 

@@ -24,6 +24,7 @@ from uad_jax.scoring import Scorer
 from uad_jax.types import Array, Geometry, Scores, Volumes
 
 SUFFIX = "_space-model_desc-score_map"  # of a name: a map on the model grid, as made
+NOTICE = "uad_jax, research only, not a medical device"  # in the header of every map
 
 _NIFTI = (".nii", ".nii.gz")
 _NO_MAPS = ("_mask", "_reconstruction")  # ends of names
@@ -224,7 +225,8 @@ def write_scores(
         native_affine=where.native_affine @ where.grid_to_native,
         grid_to_native=np.eye(4),
     )
-    nifti.write_map(folder / f"{info.subject}{SUFFIX}.nii.gz", data, grid)
+    path = folder / f"{info.subject}{SUFFIX}.nii.gz"
+    nifti.write_map(path, data, grid, description=NOTICE)
     score_table.add(folder, info.subject, volume_score, slice_score)
 
 
