@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.fake_runs import fake_run
+from tests.fake_runs import FINGERPRINT, fake_run
 from uad_jax import entries
 
 AP = {"a": 0.5, "b": 0.25, "c": 0.75}
@@ -91,11 +91,76 @@ def test_several_shared_sets_are_listed(two: list[pathlib.Path]) -> None:
 
 
 def test_no_shared_set_says_what_each_has(two: list[pathlib.Path]) -> None:
-    lone = fake_run(two[0].parent / "lone", AP, set_name="atlas")
+    lone = fake_run(two[0].parent / "lone", AP, set_name="atlas", fingerprint="x")
     with pytest.raises(entries.CompareError, match=r"(?s)lone: atlas.*run.py evaluate"):
         entries.read([two[0], lone])
-    with pytest.raises(entries.CompareError, match="no results of the set 'test'"):
+    with pytest.raises(entries.CompareError, match="no set called 'test' that all"):
         entries.read([two[0], lone], "test")
+
+
+def _add_set(folder: pathlib.Path, name: str, fingerprint: str) -> None:
+    """Copies the set "test" of a workdir under another name and fingerprint."""
+    results = folder / "results"
+    content = json.loads((results / "test.json").read_text())
+    content["set"] |= {"name": name, "fingerprint": fingerprint}
+    (results / f"{name}.json").write_text(json.dumps(content))
+    shutil.copy(results / "test_subjects.csv", results / f"{name}_subjects.csv")
+
+
+def test_a_set_is_known_by_its_scans_whatever_its_name(tmp_path: pathlib.Path) -> None:
+    run = fake_run(tmp_path / "run", AP, fingerprint="own")
+    _add_set(run, "study", "study")
+    maps = fake_run(tmp_path / "maps", AP, fingerprint="study", slices=None)
+    for chosen in ("", "study", "test"):
+        first, second = entries.read([run, maps], chosen)
+        assert first.results["set"]["name"] == "study"
+        assert second.results["set"]["name"] == "test"
+        assert "These scans are its set 'test'." in second.notes
+        assert not any("its set" in note for note in first.notes)
+
+
+def test_of_several_sets_with_the_same_scans_that_with_one_name_is_read(
+    two: list[pathlib.Path],
+) -> None:
+    for folder, name in zip(two, ("mine", "yours"), strict=True):
+        _add_set(folder, name, "other scans")
+    assert [one.results["set"]["name"] for one in entries.read(two)] == ["test"] * 2
+    found = entries.read(two, "yours")
+    assert [one.results["set"]["name"] for one in found] == ["mine", "yours"]
+
+
+def test_two_sets_of_the_same_scans_are_told_apart_by_name_only(
+    tmp_path: pathlib.Path,
+) -> None:
+    run, maps = fake_run(tmp_path / "run", AP), fake_run(tmp_path / "maps", AP)
+    _add_set(run, "validated", FINGERPRINT)
+    for name in ("test.json", "test_subjects.csv"):
+        path = maps / "results" / name
+        path.rename(path.with_name(name.replace("test", "theirs")))
+    with pytest.raises(entries.CompareError, match="--set: test, theirs, validated"):
+        entries.read([run, maps])
+    assert entries.read([run, maps], "validated")[0].results["set"]["name"] == (
+        "validated"
+    )
+
+
+def test_the_advice_for_maps_names_the_flags_that_maps_need(
+    tmp_path: pathlib.Path,
+) -> None:
+    run = fake_run(tmp_path / "run", AP)
+    maps = fake_run(tmp_path / "maps", AP, fingerprint="x", slices=None)
+    wanted = (
+        r"a run: run\.py evaluate --workdir=DIR --data=STORE; "
+        r"maps: run\.py evaluate --workdir=DIR --maps=MAPS --store=STORE"
+    )
+    with pytest.raises(entries.CompareError, match=wanted):
+        entries.read([run, maps])
+    with pytest.raises(entries.CompareError, match=wanted):
+        entries.read([run, maps], "nowhere")
+    again = fake_run(tmp_path / "again", AP, fingerprint="y")
+    with pytest.raises(entries.CompareError, match="a run: ") as error:
+        entries.read([run, again])
+    assert "--maps" not in str(error.value)
 
 
 def test_damaged_tables_are_named(two: list[pathlib.Path]) -> None:

@@ -79,9 +79,13 @@ class Entry:
 def read(folders: Sequence[pathlib.Path], set_name: str = "") -> list[Entry]:
     """Reads what is compared, and refuses what must not be.
 
+    A set is known by its fingerprint (scans, labels, protocol): maps call theirs
+    `test`, and a run names another store's after the folder.
+
     Args:
       folders: Workdirs.
-      set_name: The set; "" = the one set that all have results of.
+      set_name: What at least one of them calls the set; "" = the one set that all have
+        results of. Of several, the one with the same name in all.
 
     Returns:
       One entry per folder, in the order given.
@@ -100,11 +104,11 @@ def read(folders: Sequence[pathlib.Path], set_name: str = "") -> list[Entry]:
     twice = sorted({str(one) for one in resolved if resolved.count(one) > 1})
     if twice:
         raise CompareError(f"{', '.join(twice)} is given twice. Name each run once.")
-    chosen = set_name or _shared_set(folders)
+    chosen = _shared_sets(folders, set_name)
     names = short_names(resolved)
     entries = [
-        _read_entry(name, folder, chosen)
-        for name, folder in zip(names, folders, strict=True)
+        _read_entry(name, folder, own, chosen[0])
+        for name, folder, own in zip(names, folders, chosen, strict=True)
     ]
     _refuse_different_sets(entries)
     return entries
@@ -154,38 +158,93 @@ def lesion_values(
     return values, {subject: row["patient"] for subject, row in lesions.items()}
 
 
-def _sets(folder: pathlib.Path) -> list[str]:
-    results = folder / "results"
-    return sorted(
-        path.stem
-        for path in results.glob("*.json")
-        if (results / f"{path.stem}_subjects.csv").exists()
-    )
+def _fingerprints(folder: pathlib.Path) -> dict[str, str]:
+    """Set -> fingerprint of its results; "" where the file does not say."""
+    found = {}
+    for path in sorted((folder / "results").glob("*.json")):
+        if not path.with_name(f"{path.stem}_subjects.csv").exists():
+            continue
+        try:
+            found[path.stem] = str(workdir_lib.read_json(path)["set"]["fingerprint"])
+        except (workdir_lib.WorkdirError, LookupError, TypeError):
+            found[path.stem] = ""  # refused when this set is the one to be read
+    return found
 
 
-def _shared_set(folders: Sequence[pathlib.Path]) -> str:
-    found = {folder: _sets(folder) for folder in folders}
-    shared = set.intersection(*(set(names) for names in found.values()))
-    if len(shared) == 1:
-        return shared.pop()
-    lines = [f"  {path}: {', '.join(names) or 'none'}" for path, names in found.items()]
-    if shared:
-        trouble = "Several sets were evaluated in all of them:"
-        remedy = f"Choose one with --set: {', '.join(sorted(shared))}."
+def _shared_sets(folders: Sequence[pathlib.Path], set_name: str) -> tuple[str, ...]:
+    """What each folder calls the one set that all have results of."""
+    found = [_fingerprints(folder) for folder in folders]
+    matches = _matches(found, set_name)
+    if not matches:  # what has one name is read: the error then says what differs
+        shared = set.intersection(*(set(names) for names in found))
+        matches = [
+            (name,) * len(folders) for name in sorted(shared) if set_name in ("", name)
+        ]
+    matches = [names for names in matches if len({*names}) == 1] or matches
+    if len(matches) == 1:
+        return matches[0]
+    lines = [
+        f"  {folder}: {', '.join(names) or 'none'}"
+        for folder, names in zip(folders, found, strict=True)
+    ]
+    called = f" called {set_name!r}" if set_name else ""
+    if matches:
+        choice = {name for names in matches for name in names} - {set_name}
+        trouble = f"Several sets{called} were evaluated in all of them:"
+        remedy = f"Choose one with --set: {', '.join(sorted(choice))}."
     else:
-        trouble = "There is no set that all of them were evaluated on:"
-        remedy = "Evaluate those that lack it: run.py evaluate --workdir=DIR."
+        trouble = f"There is no set{called} that all of them were evaluated on:"
+        remedy = _remedy(folders)
     raise CompareError("\n".join([trouble, *lines, remedy]))
 
 
-def _read_entry(name: str, folder: pathlib.Path, set_name: str) -> Entry:
+def _matches(
+    found: Sequence[Mapping[str, str]], set_name: str
+) -> list[tuple[str, ...]]:
+    """What each folder calls a set, for sets with one fingerprint in all of them.
+
+    Args:
+      found: Of each folder, set -> fingerprint.
+      set_name: What at least one of them calls it; "" = any.
+    """
+    matches: list[tuple[str, ...]] = []
+    for mark in sorted(set.intersection(*({*one.values()} for one in found)) - {""}):
+        same = [[name for name, own in one.items() if own == mark] for one in found]
+        for call in sorted({name for names in same for name in names}):
+            names = [[call] if call in own else own for own in same]
+            if set_name in ("", call) and all(len(own) == 1 for own in names):
+                matches.append(tuple(own[0] for own in names))
+    return sorted(set(matches))
+
+
+def _remedy(folders: Sequence[pathlib.Path]) -> str:
+    """The commands that give all of them results of one set."""
+    commands = {
+        "maps": "run.py evaluate --workdir=DIR --maps=MAPS --store=STORE",
+        "checkpoint": "run.py evaluate --workdir=DIR --data=STORE",
+    }
+    needed = sorted({_source(folder) for folder in folders})
+    listed = "; ".join(
+        f"{'maps' if source == 'maps' else 'a run'}: {commands[source]}"
+        for source in needed
+    )
+    return f"Evaluate all of them on one store with one protocol ({listed})."
+
+
+def _source(folder: pathlib.Path) -> str:
+    for path in sorted((folder / "results").glob("*.json")):
+        try:
+            if workdir_lib.read_json(path)["run"]["source"] == "maps":
+                return "maps"
+        except (workdir_lib.WorkdirError, LookupError, TypeError):
+            continue
+    return "checkpoint"
+
+
+def _read_entry(
+    name: str, folder: pathlib.Path, set_name: str, first_name: str
+) -> Entry:
     path = folder / "results" / f"{set_name}.json"
-    if not path.exists():
-        raise CompareError(
-            f"{folder} has no results of the set {set_name!r}; it has: "
-            f"{', '.join(_sets(folder)) or 'none'}. Evaluate it first: run.py "
-            f"evaluate --workdir={folder}"
-        )
     results = workdir_lib.read_json(path)
     _check_results(path, results)
     rows = _read_rows(path.with_name(f"{set_name}_subjects.csv"))
@@ -197,6 +256,8 @@ def _read_entry(name: str, folder: pathlib.Path, set_name: str) -> Entry:
         )
     by_step, notes = _read_by_step(path.parent, set_name, fingerprint)
     found, store, more = _read_found(path.parent, set_name, fingerprint)
+    if set_name != first_name:
+        notes.append(f"These scans are its set {set_name!r}.")
     return Entry(
         name=name,
         folder=folder,
@@ -301,8 +362,7 @@ def _refuse_different_sets(entries: Sequence[Entry]) -> None:
         raise CompareError(
             "These cannot stand in one table:\n  "
             + "\n  ".join(problems)
-            + "\nEvaluate all of them on one store with one protocol: "
-            "run.py evaluate --workdir=DIR --data=STORE."
+            + f"\n{_remedy([entry.folder for entry in entries])}"
         )
 
 
