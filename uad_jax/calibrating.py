@@ -20,6 +20,9 @@ Calibrations = Mapping[tuple[str, Stage], Calibration]
 Known = dict[tuple, Calibrations]
 Parts = list[tuple[Store, list[VolumeInfo]]]
 
+_HEALTHY = ThresholdRule.HEALTHY_FPR.value
+_VALIDATED = ThresholdRule.VALIDATED.value
+
 
 def healthy(infos: Sequence[VolumeInfo]) -> list[VolumeInfo]:
     """The healthy volumes."""
@@ -48,13 +51,15 @@ def calibrate(
 
     Returns:
       (scorer, stage) -> calibration; empty, with one line that says so, if there are
-      no healthy validation scans.
+      neither healthy validation scans nor annotated lesions. With one kind only there
+      are its thresholds.
     """
     if not context.validation:
         return {}
     parts = _parts(context)
-    if not parts[0][1]:
-        logging.warning("No healthy validation scans: no thresholds.")
+    (_, normal), (_, lesions) = parts
+    if not normal and not lesions:
+        logging.warning("No healthy and no annotated validation scans: no thresholds.")
         return {}
     known = {} if known is None else known
     first = scorers[0] if exported and context.settings.export_maps else None
@@ -149,17 +154,18 @@ def _calibrate(
     entries = {}
     for key, results in found.items():
         normal = [result for result in results if result.healthy]
-        if not any(one.voxels and len(one.voxels.scores) for one in normal):
+        voxels = [result.voxels for result in normal if result.voxels is not None]
+        lesions = [
+            one.voxels for one in results if one.abnormal and one.voxels is not None
+        ]
+        if not calibration.can_calibrate(voxels, lesions):
             logging.warning(
-                "The healthy validation scans have no voxel inside the eroded brain: "
-                "no thresholds."
+                "The validation scans have no healthy voxel inside the eroded brain, "
+                "and no lesion: no thresholds."
             )
             return {}
         entries[key] = calibration.calibrate(
-            [result.voxels for result in normal if result.voxels is not None],
-            [one.voxels for one in results if one.abnormal and one.voxels is not None],
-            [result.volume_score for result in normal],
-            rates=rates,
+            voxels, lesions, [result.volume_score for result in normal], rates=rates
         )
     return entries
 
@@ -170,13 +176,17 @@ def scales(context: Context, calibrations: Calibrations, first: str) -> Scales:
     The scorer that is evaluated is measured at every rate on its processed maps, all
     others at the operating rate and at the validated threshold.
     """
-    return {
+    found = {
         (name, stage): Scale(
             _thresholds(context, one, name == first and stage is Stage.PROCESSED),
             np.asarray(one.score_edges, np.float32),
         )
         for (name, stage), one in calibrations.items()
     }
+    note = operating(context, found, first).get("note")
+    if note:
+        logging.warning("Set %s: %s", context.name, note)
+    return found
 
 
 def _thresholds(
@@ -187,16 +197,20 @@ def _thresholds(
     On the validation scans themselves a threshold of best Dice would be tuned on
     what it is measured on, so there is none.
     """
-    rate = context.settings.healthy_fpr
-    thresholds = {"healthy_fpr": calibrated.healthy_threshold(rate)}
-    if every_rate:
-        for one in calibration.HEALTHY_RATES:
-            name = f"healthy_fpr_{100 * one:g}"
+    thresholds = {}
+    if calibrated.healthy_fpr:
+        rate = context.settings.healthy_fpr
+        thresholds[_HEALTHY] = calibrated.healthy_threshold(rate)
+        for one in calibration.HEALTHY_RATES if every_rate else ():
+            name = f"{_HEALTHY}_{100 * one:g}"
             thresholds[name] = calibrated.healthy_threshold(one)
-    tuned_on_it = context.evaluation_set.split == "val"
-    if calibrated.validated is not None and not tuned_on_it:
-        thresholds["validated"] = calibrated.validated
+    if calibrated.validated is not None and not _tuned_on_it(context):
+        thresholds[_VALIDATED] = calibrated.validated
     return thresholds
+
+
+def _tuned_on_it(context: Context) -> bool:
+    return context.evaluation_set.split == "val"
 
 
 def edges_only(
@@ -227,11 +241,45 @@ def edges_only(
 
 
 def operating(context: Context, scales: Scales, name: str) -> dict[str, Any]:
-    """The rule and the threshold that findings are shown at; None without any."""
+    """The rule and the threshold that findings are shown at.
+
+    Args:
+      context: The evaluation.
+      scales: From `scales`.
+      name: Of the scorer.
+
+    Returns:
+      "rule" and "threshold", None without any. "healthy_fpr" is the rate of that rule,
+      if healthy scans gave thresholds. "note" says why the rule is not the one that was
+      asked for, if so.
+    """
     scale = scales.get((name, Stage.PROCESSED))
     if scale is None or not scale.thresholds:
         return {"rule": None, "threshold": None}
-    rule = context.evaluation_set.threshold_from.value
-    if rule not in scale.thresholds:  # no labelled validation scans
-        rule = ThresholdRule.HEALTHY_FPR.value
-    return {"rule": rule, "threshold": scale.thresholds[rule]}
+    asked = context.evaluation_set.threshold_from.value
+    rule = asked
+    if asked not in scale.thresholds:
+        rule = _VALIDATED if asked == _HEALTHY else _HEALTHY
+    found: dict[str, Any] = {"rule": rule, "threshold": scale.thresholds[rule]}
+    if _HEALTHY in scale.thresholds:
+        found["healthy_fpr"] = context.settings.healthy_fpr
+    if rule != asked:
+        found["note"] = _why_another_rule(context, rule)
+    return found
+
+
+def _why_another_rule(context: Context, rule: str) -> str:
+    if rule == _VALIDATED:
+        return (
+            "There are no healthy validation scans, so findings are shown at the "
+            "validated threshold, of the best Dice on annotated validation scans, and "
+            "not at that of a healthy false-positive rate."
+        )
+    why = "There are no annotated abnormal validation scans"
+    if _tuned_on_it(context):
+        why = "A validated threshold would be tuned on the scans of this set"
+    return (
+        f"{why}, so findings are shown at the threshold of "
+        f"{100 * context.settings.healthy_fpr:g} % false positives on healthy "
+        "validation scans, and not at the validated one."
+    )

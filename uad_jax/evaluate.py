@@ -128,7 +128,7 @@ def calibrate(
 
     Returns:
       False, with one line that says why, if the method is a pretraining stage, there
-      are no healthy validation scans, or several processes share the devices.
+      are no validation scans for thresholds, or several processes share the devices.
     """
     if jax.process_count() > 1:
         if jax.process_index() == 0:
@@ -382,6 +382,8 @@ def _cases(
         )
     }
     calibrated = calibrations.get((scorer.name, Stage.PROCESSED))
+    if calibrated is not None and not calibrated.healthy_volume_scores:
+        calibrated = None  # of none there are no percentiles
     rule = calibrating.operating(context, scales, scorer.name)["rule"]
     return [
         drawing.case(caption, result, arrays[result.info.uid], rule, calibrated)

@@ -35,8 +35,12 @@ def threshold_rows(
         }
         for rate, value in sorted(calibrated.healthy_fpr.items())
     ]
-    value, source = calibrated.validated_or_healthy(context.settings.healthy_fpr)
-    rows.append({"rule": "validated", "value": value, "source": source})
+    if calibrated.validated is not None:
+        count = calibrated.num_abnormal
+        source = f"best pooled Dice on {count} abnormal validation scans"
+        rows.append(
+            {"rule": "validated", "value": calibrated.validated, "source": source}
+        )
     return rows
 
 

@@ -77,6 +77,33 @@ def test_fault_D6_without_abnormal_scans_the_healthy_threshold_is_used_and_said(
         found.healthy_threshold(0.2)
 
 
+def test_lesions_alone_give_the_validated_threshold_and_no_healthy_one(
+    tmp_path: pathlib.Path,
+) -> None:
+    lesions = [_abnormal(2), _abnormal(3)]
+    unscored = VoxelScores(np.zeros(0, np.float32), np.zeros(0, bool), 0, 9)
+    for healthy, scores in (([], []), ([unscored], [0.5])):
+        found = calibration.calibrate(healthy, lesions, scores)
+        assert found.validated == _calibration().validated
+        assert found.healthy_fpr == {}
+        assert found.healthy_volume_scores == ()
+        assert (found.num_healthy, found.num_abnormal) == (0, 2)
+        assert found.validated_or_healthy(0.05)[0] == found.validated
+        with pytest.raises(ValueError, match="no healthy validation scans"):
+            found.healthy_threshold(0.05)
+        calibration.save(tmp_path / "behrendt.json", {"model": found})
+        assert calibration.load(tmp_path / "behrendt.json") == {"model": found}
+
+
+def test_without_a_healthy_voxel_and_a_lesion_there_is_nothing_to_calibrate() -> None:
+    unscored = VoxelScores(np.zeros(0, np.float32), np.zeros(0, bool), 0, 9)
+    empty_mask = _healthy(9)
+    for healthy, lesions in (([], []), ([unscored], []), ([], [empty_mask])):
+        assert not calibration.can_calibrate(healthy, lesions)
+        with pytest.raises(ValueError, match="no validation voxels"):
+            calibration.calibrate(healthy, lesions, [0.1] * len(healthy))
+
+
 def test_fault_B32_abnormal_scans_with_an_empty_mask_are_not_counted() -> None:
     empty = _healthy(9)
     found = calibration.calibrate([_healthy(0)], [empty, _abnormal(2)], [0.1])

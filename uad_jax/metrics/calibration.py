@@ -32,7 +32,8 @@ class Calibration:
     All thresholds are used as `score > threshold`, on post-processed maps.
 
     Attributes:
-      healthy_fpr: Voxel false-positive rate on healthy scans -> threshold.
+      healthy_fpr: Voxel false-positive rate on healthy scans -> threshold; empty if
+        there were none.
       validated: Threshold of the best pooled Dice on annotated abnormal scans; None
         if there were none.
       validated_dice: That Dice, of the scans it was chosen on; None like `validated`.
@@ -75,6 +76,12 @@ class Calibration:
         Raises:
           ValueError: If the rate was not calibrated.
         """
+        if not self.healthy_fpr:
+            raise ValueError(
+                f"No threshold for a healthy false-positive rate of {rate}: there were "
+                "no healthy validation scans. Give the validation split some, or take "
+                "the validated threshold (threshold_from)."
+            )
         if rate not in self.healthy_fpr:
             raise ValueError(
                 f"No threshold for a healthy false-positive rate of {rate}; there are "
@@ -146,6 +153,22 @@ def score_edges(
     return tuple(np.unique(np.concatenate(edges).astype(np.float32)).tolist())
 
 
+def with_lesion(abnormal: Sequence[VoxelScores]) -> list[VoxelScores]:
+    """Those whose lesion mask is not empty."""
+    return [one for one in abnormal if one.lesion.any() or one.outside_lesion]
+
+
+def can_calibrate(
+    healthy: Sequence[VoxelScores], abnormal: Sequence[VoxelScores]
+) -> bool:
+    """Whether there is a healthy scan, or one with a lesion, that has scores."""
+    return _scored(healthy) or _scored(with_lesion(abnormal))
+
+
+def _scored(volumes: Sequence[VoxelScores]) -> bool:
+    return any(len(volume.scores) for volume in volumes)
+
+
 def calibrate(
     healthy: Sequence[VoxelScores],
     abnormal: Sequence[VoxelScores],
@@ -154,24 +177,33 @@ def calibrate(
     rates: Sequence[float] = HEALTHY_RATES,
     num_edges: int = 4096,
 ) -> Calibration:
-    """Calibrates one detector on validation scans.
+    """Calibrates one detector on validation scans, healthy ones or lesions or both.
 
     Args:
-      healthy: Voxels of every healthy validation scan; at least one.
+      healthy: Voxels of every healthy validation scan. Without any, or without a
+        voxel in them, there are no healthy thresholds.
       abnormal: Voxels of every annotated abnormal validation scan; may be empty.
         Scans whose lesion mask is empty are left out.
       healthy_volume_scores: Volume scores of the healthy scans.
       rates: Healthy false-positive rates to find thresholds for.
       num_edges: Histogram edges to keep.
+
+    Raises:
+      ValueError: If there is nothing to set a threshold on.
     """
-    labelled = [
-        volume for volume in abnormal if volume.lesion.any() or volume.outside_lesion
-    ]
+    if not can_calibrate(healthy, abnormal):
+        raise ValueError(
+            "There are no validation voxels to set a threshold on. Give the validation "
+            "split a healthy scan, or one with a lesion mask."
+        )
+    if not _scored(healthy):
+        healthy, healthy_volume_scores = [], []
+    labelled = with_lesion(abnormal)
     validated = validated_dice = None
     if labelled:
         validated_dice, validated = voxel.best_dice(voxel.rank(voxel.pool(labelled)))
     return Calibration(
-        healthy_fpr=healthy_thresholds(healthy, rates),
+        healthy_fpr=healthy_thresholds(healthy, rates) if healthy else {},
         validated=validated,
         validated_dice=validated_dice,
         score_edges=score_edges([*healthy, *labelled], num_edges),
