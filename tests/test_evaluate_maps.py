@@ -190,6 +190,10 @@ def test_a_run_and_its_maps_are_compared_on_a_store_of_lesions_alone(
     assert found["operating"]["threshold"] == found["thresholds"][0]["value"]
     assert "no healthy validation scans" in found["operating"]["note"]
     assert "healthy_fpr" not in found["operating"]
+    assert found["missing_baselines"] == {
+        "atlas-z": "fewer than 2 healthy training scans"
+    }
+    assert ours["missing_baselines"] == {}
     for row in _rows(theirs):
         assert row["dice_validated"]
         assert not any("healthy_fpr" in name for name in row)

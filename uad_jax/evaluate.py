@@ -183,7 +183,8 @@ def evaluate_set(
     watch = {"begin": time.monotonic()}
     test = _checked(context)
     stages = (Stage.PROCESSED,) if alone else tuple(Stage)
-    scorers = [scorer] if alone else [scorer, *_baselines(context)]
+    others, missing = ([], {}) if alone else _baselines(context)
+    scorers = [scorer, *others]
     _refuse_one_name(scorers)
     calibrations = calibrating.calibrate(
         context, scorers, stages, exported=not alone, known=known
@@ -208,6 +209,7 @@ def evaluate_set(
             rule=calibrating.operating(context, scales, scorer.name)["rule"],
             undertrained=bool(run["training"] and run["training"]["undertrained"]),
         ),
+        "missing_baselines": missing,
     }
     watch["summarize"] = time.monotonic()
     if alone:
@@ -293,34 +295,36 @@ def _fits(
     return brain * len(scorers) * len(stages) <= context.settings.exact_voxels
 
 
-def _baselines(context: Context) -> list[Scorer]:
-    """The five baselines of every table; the atlas sees healthy training scans."""
+def _baselines(context: Context) -> tuple[list[Scorer], dict[str, str]]:
+    """The five baselines of every table; the atlas sees healthy training scans.
+
+    Returns:
+      The baselines, and name -> reason of those that there cannot be.
+    """
     protocol = context.evaluation_set.protocol
     store = context.training_store
     healthy = calibrating.healthy(context.select(store, "train"))
     functions: dict[str, scoring.Baseline] = dict(baselines.UNFITTED)
     scored = [*context.test, *calibrating.volumes(context)]
     depths = {info.depth for info in [*healthy, *scored]}
-    if len(depths) > 1:
-        logging.warning(
-            "The volumes have %s slices: without one grid there is no atlas-z.",
-            " or ".join(map(str, sorted(depths))),
+    missing = {}
+    if len(healthy) < baselines.ATLAS_VOLUMES:
+        missing["atlas-z"] = (
+            f"fewer than {baselines.ATLAS_VOLUMES} healthy training scans"
         )
-    elif len(healthy) >= baselines.ATLAS_VOLUMES:
+    elif len(depths) > 1:
+        numbers = " or ".join(map(str, sorted(depths)))
+        missing["atlas-z"] = f"volumes of {numbers} slices are not on one grid"
+    else:
         atlas = baselines.fit_atlas(evaluation.images(context, store, healthy))
         functions["atlas-z"] = functools.partial(baselines.atlas_z, atlas)
-    else:
-        logging.warning(
-            "%s has %d healthy training scans: the table has no atlas-z, which needs "
-            "%d.",
-            store.path,
-            len(healthy),
-            baselines.ATLAS_VOLUMES,
-        )
-    return [
+    for name, reason in missing.items():
+        logging.warning("The table has no %s: %s.", name, reason)
+    found = [
         scoring.baseline_scorer(name, function, protocol)
         for name, function in functions.items()
     ]
+    return found, missing
 
 
 def _score(
