@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,67 @@ def test_without_lesion_masks_there_is_still_a_comparison(
     assert "0.750" in page
     assert result["pairs"] == []
     assert compare.render(result)
+
+
+def _change(folder: pathlib.Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Edits the results of a run."""
+    path = folder / "results" / "test.json"
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+
+
+def test_a_missing_baseline_weakens_claims_and_is_noted(tmp_path: pathlib.Path) -> None:
+    values = {f"s{n:02d}": 0.5 + 0.01 * n for n in range(20)}
+    raw = {"raw": dict.fromkeys(values, 0.1)}
+    reason = {"atlas-z": "fewer than 2 healthy training scans"}
+    folders = [
+        fake_run(tmp_path / f"s{n}", values, seed=n, baselines=raw) for n in range(3)
+    ]
+    for folder in folders:
+        _change(folder, lambda one: one.update(missing_baselines=reason))
+    result = compare.compare(folders, tmp_path / "out", num_samples=50, num_rounds=50)
+    (group,) = result["groups"].values()
+    assert group["claim"].endswith(
+        "beats the baselines that could be computed; "
+        "atlas-z is missing: fewer than 2 healthy training scans"
+    )
+    note = "The baseline atlas-z is missing: fewer than 2 healthy training scans."
+    assert note in result["notes"]
+    assert note in (tmp_path / "out" / "compare.html").read_text()
+    # Another run has it, on the same volumes: all are held against it.
+    other = fake_run(
+        tmp_path / "other",
+        values,
+        learning_rate=9,
+        baselines={"atlas-z": dict.fromkeys(values, 0.2)},
+    )
+    result = compare.compare(
+        [*folders, other], tmp_path / "out2", num_samples=50, num_rounds=50
+    )
+    assert note not in result["notes"]
+    for run in result["runs"].values():
+        assert run["against_baselines"]["baseline"] == "atlas-z"
+    assert all("missing" not in one["claim"] for one in result["groups"].values())
+
+
+def test_runs_and_maps_at_other_operating_rates_are_noted(
+    tmp_path: pathlib.Path,
+) -> None:
+    run = fake_run(tmp_path / "run", AP)  # 0.05 by its config
+    maps = fake_run(tmp_path / "maps", AP, slices=None)
+    alike = compare.compare([run, maps], tmp_path / "out")
+    assert not any("rates" in note for note in alike["notes"])
+    operating = {"healthy_fpr": 0.02, "note": "Shown at another threshold."}
+    _change(maps, lambda one: one["operating"].update(operating))
+    result = compare.compare([run, maps], tmp_path / "out")
+    assert (
+        "Operating rates on healthy scans differ: run 0.05, maps 0.02."
+        in (result["notes"])
+    )
+    assert "maps: Shown at another threshold." in result["notes"]
+    notes = {test["metric"]: test["notes"] for test in result["pairs"]}
+    assert notes == {"ap": [], "dice": ["operating rates on healthy scans differ"]}
 
 
 def test_baselines_that_differ_between_runs_are_said(tmp_path: pathlib.Path) -> None:

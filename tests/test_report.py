@@ -157,6 +157,28 @@ def test_lesion_that_the_mask_loses_is_a_share_with_its_dice(
     )
 
 
+def test_missing_baselines_and_another_rule_are_said_at_the_head(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    _, page = reports.written(tmp_path, results)
+    assert not {"Missing baselines", "Operating threshold"} & page.facts.keys()
+    results["verdict"] = "In this run the model beats the baselines (one seed)."
+    results["missing_baselines"] = {"atlas-z": "no training scans"}
+    results["operating"]["note"] = "Shown at the validated threshold."
+    _, page = reports.written(tmp_path, results)
+    assert page.facts["Missing baselines"] == "atlas-z: no training scans"
+    assert page.facts["Operating threshold"] == "Shown at the validated threshold."
+    weaker = (
+        "beats the baselines that could be computed (one seed); atlas-z is missing: "
+        "no training scans."
+    )
+    assert weaker in page.text
+    text = " ".join(report.summary(results).split())
+    assert weaker in text
+    assert text.endswith("Operating threshold: Shown at the validated threshold.")
+
+
 def test_banners_appear_where_they_are_due(tmp_path: pathlib.Path) -> None:
     results = reports.complete()
     _, page = reports.written(tmp_path, results)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.test_scoring import _info
-from uad_jax import summary
+from uad_jax import summary, verdict
 from uad_jax.measuring import Found, VolumeResult
 from uad_jax.metrics import accumulators, lesionwise, voxel
 from uad_jax.scoring import Stage
@@ -198,17 +198,40 @@ def test_verdict_needs_twenty_subjects_to_say_beats() -> None:
     good = [result(n, [3.0, 2.0, 1.0], [1, 0, 0]) for n in range(20)]
     poor = [result(n, [1.0, 2.0, 3.0], [1, 0, 0]) for n in range(20)]
 
-    def verdict(count: int) -> str:
+    def words(count: int) -> str:
         found = {"model": good[:count], "raw": poor[:count]}
         return summarize(found, num_samples=50)["verdict"]
 
-    assert "beats the baselines" in verdict(20)
-    assert verdict(19).endswith(
+    assert "beats the baselines" in words(20)
+    assert words(19).endswith(
         "is above this baseline; fewer than 20 patients allow no stronger statement."
     )
-    assert "no ranking" in verdict(4)
+    assert "no ranking" in words(4)
     swapped = summarize({"model": poor, "raw": good}, num_samples=50)
     assert "worse than this baseline" in swapped["verdict"]
+
+
+def test_a_missing_baseline_weakens_the_verdict() -> None:
+    found = {
+        "model": [result(n, [3.0, 2.0, 1.0], [1, 0, 0]) for n in range(20)],
+        "raw": [result(n, [1.0, 2.0, 3.0], [1, 0, 0]) for n in range(20)],
+    }
+    missing = {"atlas-z": "fewer than 2 healthy training scans"}
+    text = summarize(found, num_samples=50, missing_baselines=missing)["verdict"]
+    assert text.endswith(
+        "In this run the model beats the baselines that could be computed (one seed); "
+        "atlas-z is missing: fewer than 2 healthy training scans."
+    )
+    assert verdict.with_missing(text, missing) == text  # said once
+    assert verdict.with_missing("No annotated lesions.", missing) == (
+        "No annotated lesions."
+    )
+    whole = summarize(found, num_samples=50, missing_baselines={})["verdict"]
+    assert whole.endswith("beats the baselines (one seed).")
+    late = summarize(
+        found, num_samples=50, missing_baselines=missing, undertrained=True
+    )["verdict"]
+    assert late.endswith("It is undertrained, so this says nothing about the method.")
 
 
 def test_subject_rows_have_one_set_of_columns() -> None:

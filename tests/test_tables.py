@@ -107,6 +107,22 @@ def test_captions_say_on_how_many_patients_intervals_rest(
     assert "[0.125, 0.875]" in " ".join(page.tables[operating][3])
 
 
+def test_the_rate_of_the_evaluation_goes_before_that_of_the_config() -> None:
+    results = reports.from_maps()  # without a config
+    assert tables.healthy_rate(results) is None
+    results["operating"]["healthy_fpr"] = 0.1
+    assert tables.healthy_rate(results) == 0.1
+    table = tables.operating_points(results)
+    assert table is not None
+    assert table.marked is not None
+    marked = table.rows[table.marked][0]
+    assert marked == "10 % of healthy validation voxels (operating point)"
+    results = reports.complete()
+    assert tables.healthy_rate(results) == 0.05
+    results["operating"]["healthy_fpr"] = 0.1
+    assert tables.healthy_rate(results) == 0.1
+
+
 def test_numbers_that_do_not_exist_are_dashes() -> None:
     assert [tables.number(x) for x in (None, math.nan, math.inf)] == ["-", "-", "-"]
     assert tables.number(0.0) == "0.000"

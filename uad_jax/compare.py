@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from uad_jax import compare_table, entries, pages, pairs, panels, report, tables
+from uad_jax import (
+    compare_table,
+    entries,
+    pages,
+    pairs,
+    panels,
+    report,
+    tables,
+    verdict,
+)
 from uad_jax import results as results_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.compare_table import Row
@@ -52,6 +61,7 @@ def compare(
         name: pairs.volume_values([entry], "ap", name).volumes
         for name, entry in baselines.items()
     }
+    lacking = _missing(found, baselines)
     grouped = pairs.groups(found)
     several = any(len(members) > 1 for members in grouped.values())
     shown, missing = panels.choose(found)
@@ -59,7 +69,7 @@ def compare(
         "set": found[0].results["set"],
         "runs": {entry.name: _run(entry, precisions, num_samples) for entry in found},
         "groups": {
-            name: _group(members, precisions, num_samples)
+            name: _group(members, precisions, lacking, num_samples)
             for name, members in grouped.items()
         },
         "baselines": {
@@ -70,7 +80,7 @@ def compare(
         "cases": pairs.cases(found),
         "curves": {entry.name: _curve(entry) for entry in found},
         "panels": [{"subject": one.title, "why": one.why} for one in shown],
-        "notes": [*_notes(found, baselines), *missing],
+        "notes": [*_notes(found, baselines, lacking), *missing],
     }
     output.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_json(output / "compare.json", results_lib.without_nan(result))
@@ -151,12 +161,13 @@ def _run(
 def _group(
     members: Sequence[Entry],
     baselines: Mapping[str, Mapping[str, float]],
+    missing: Mapping[str, str],
     num_samples: int,
 ) -> dict[str, Any]:
     """Mean and spread over the members, and an interval over the patients."""
     metrics = _mean_and_spread([member.metrics for member in members])
     precisions = pairs.volume_values(members, "ap")
-    if precisions.num_patients >= pairs.MIN_PATIENTS_TO_RANK:
+    if precisions.num_patients >= verdict.MIN_PATIENTS_TO_RANK:
         interval = statistics.bootstrap_volumes(*precisions, num_samples=num_samples)
         metrics["ap_volume_mean_interval"] = [interval.low, interval.high]
     above = [pairs.against_baselines([one], baselines, num_samples) for one in members]
@@ -168,7 +179,7 @@ def _group(
         "training": _mean_and_spread([member.training for member in members]),
         "metrics": metrics,
         "against_baselines": pairs.against_baselines(members, baselines, num_samples),
-        "claim": pairs.claim(members, above),
+        "claim": pairs.claim(members, above, missing),
     }
 
 
@@ -192,6 +203,14 @@ def _baselines(found: Sequence[Entry]) -> dict[str, Entry]:
             if name != entry.scorer and name in entry.rows:
                 named.setdefault(name, entry)
     return named
+
+
+def _missing(found: Sequence[Entry], baselines: Mapping[str, Entry]) -> dict[str, str]:
+    """Baseline that no entry has -> why."""
+    reasons: dict[str, str] = {}
+    for entry in found:
+        reasons |= entry.results.get("missing_baselines") or {}
+    return {name: why for name, why in reasons.items() if name not in baselines}
 
 
 def _curve(entry: Entry) -> dict[str, Any]:
@@ -226,14 +245,26 @@ def _curve(entry: Entry) -> dict[str, Any]:
     return {"points": points, "validation": losses}
 
 
-def _notes(found: Sequence[Entry], baselines: Mapping[str, Entry]) -> list[str]:
+def _notes(
+    found: Sequence[Entry],
+    baselines: Mapping[str, Entry],
+    missing: Mapping[str, str],
+) -> list[str]:
     """What a reader must know of the whole comparison."""
     notes = [f"{entry.name}: {note}" for entry in found for note in entry.notes]
+    for entry in found:
+        if note := (entry.results.get("operating") or {}).get("note"):
+            notes.append(f"{entry.name}: {note}")
+    for name, why in missing.items():
+        notes.append(f"The baseline {name} is missing: {why}.")
     for what, spelled in (
         ("Slices seen", {e.name: e.training.get("slices_seen") for e in found}),
         ("Devices of the training", {e.name: e.device or None for e in found}),
         ("Operating rules", {e.name: e.operating[0] or None for e in found}),
-        ("Operating rates on healthy scans", {e.name: _rate(e) for e in found}),
+        (
+            "Operating rates on healthy scans",
+            {e.name: tables.healthy_rate(e.results) for e in found},
+        ),
         ("Pooled figures", {e.name: e.results.get("pooled") for e in found}),
         (
             "Modalities",
@@ -256,11 +287,6 @@ def _notes(found: Sequence[Entry], baselines: Mapping[str, Entry]) -> list[str]:
                     f"({figures[1]:.3f}) than that of {first.name}, which is shown."
                 )
     return notes
-
-
-def _rate(entry: Entry) -> float | None:
-    config = entry.results["run"].get("config") or {}
-    return (config.get("evaluation") or {}).get("healthy_fpr")
 
 
 def _differ(values: Sequence[Any]) -> bool:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from uad_jax import tables, verdict
 from uad_jax.entries import CompareError, Entry, lesion_values
 from uad_jax.metrics import statistics
-from uad_jax.verdict import MIN_PATIENTS_TO_BEAT, MIN_PATIENTS_TO_RANK
 
 ALPHA = 0.05
 MIN_RUNS_TO_BEAT = 3  # fewer seeds: no claim about a method
@@ -140,7 +140,7 @@ def cases(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, float]]]:
     for metric in METRICS:
         for entry in entries:
             values = volume_values([entry], metric)
-            if 0 < values.num_patients < MIN_PATIENTS_TO_RANK:
+            if 0 < values.num_patients < verdict.MIN_PATIENTS_TO_RANK:
                 means = statistics.by_unit(values.volumes, values.patients)
                 for patient, number in means.items():
                     row = found.setdefault(metric, {}).setdefault(patient, {})
@@ -165,7 +165,7 @@ def against_baselines(
       or with too few patients.
     """
     values = volume_values(members, "ap")
-    if values.num_patients < MIN_PATIENTS_TO_RANK or not baselines:
+    if values.num_patients < verdict.MIN_PATIENTS_TO_RANK or not baselines:
         return {}
     best = max(
         baselines,
@@ -182,19 +182,28 @@ def against_baselines(
     }
 
 
-def claim(members: Sequence[Entry], above: Sequence[Mapping[str, Any]]) -> str:
+def claim(
+    members: Sequence[Entry],
+    above: Sequence[Mapping[str, Any]],
+    missing: Mapping[str, str] | None = None,
+) -> str:
     """What a group of runs shows about its method against the baselines.
 
     Args:
       members: The runs.
       above: `against_baselines` of each.
+      missing: Baseline -> why there is none to compare with.
     """
     if not all(above):
         return "no comparison with the baselines"
+    return verdict.with_missing(_claim(members, above), missing or {})
+
+
+def _claim(members: Sequence[Entry], above: Sequence[Mapping[str, Any]]) -> str:
     beating = sum(one["interval"][0] > 0 for one in above)
     text = f"{beating} of {len(members)} runs above the best baseline (interval > 0)"
     count = above[0]["num_patients"]
-    if count < MIN_PATIENTS_TO_BEAT:
+    if count < verdict.MIN_PATIENTS_TO_BEAT:
         return f"{text}; {count} patients are too few for a claim"
     if any(member.training.get("undertrained") for member in members):
         return f"{text}; undertrained: no claim about the method"
@@ -229,7 +238,7 @@ def _test(
         "p": None,
         "notes": _notes(metric, one[1], other[1]),
     }
-    if row["num_patients"] < MIN_PATIENTS_TO_RANK:
+    if row["num_patients"] < verdict.MIN_PATIENTS_TO_RANK:
         return row
     pair = (first.volumes, second.volumes, first.patients)
     interval = statistics.paired_bootstrap(*pair, num_samples=num_samples)
@@ -247,7 +256,7 @@ def _verdict(test: Mapping[str, Any]) -> str:
     difference, (low, high) = test["difference"], test["interval"]
     if difference == 0:
         return "equal"
-    if test["num_patients"] < MIN_PATIENTS_TO_BEAT:
+    if test["num_patients"] < verdict.MIN_PATIENTS_TO_BEAT:
         return "above" if difference > 0 else "below"
     if (low > 0 or high < 0) and test["p_holm"] < ALPHA:
         return "beats" if difference > 0 else "is beaten by"
@@ -261,6 +270,10 @@ def _notes(metric: str, one: Sequence[Entry], other: Sequence[Entry]) -> list[st
         notes.append("only the seed or the fold differs")
     if len({member.operating[0] for member in members}) > 1 and metric == "dice":
         notes.append("operating rules differ")
+    elif metric == "dice" and members[0].operating[0] == "healthy_fpr":
+        rates = {tables.healthy_rate(member.results) for member in members} - {None}
+        if len(rates) > 1:
+            notes.append("operating rates on healthy scans differ")
     seen = [member.training.get("slices_seen") for member in members]
     known = [count for count in seen if count]
     if not same_slices(known):

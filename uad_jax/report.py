@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uad_jax import breakdowns, pages, tables
+from uad_jax import breakdowns, pages, tables, verdict
 from uad_jax.tables import Table
 
 _TOP = 5  # of a ranking, on the terminal
@@ -65,7 +65,8 @@ def summary(
         assert ranking is not None
         header = [heading for heading, _ in ranking.head]
         parts.append(text_table(header, ranking.rows[:_TOP]))
-    parts.append(textwrap.fill(results["verdict"], 80))
+    parts.append(textwrap.fill(_verdict(results), 80))
+    parts += [textwrap.fill(f"{name}: {text}", 80) for name, text in _remarks(results)]
     return "\n\n".join(parts)
 
 
@@ -132,7 +133,7 @@ def _content(
         "automatic_truth": "automatic" in str(facts.get("data_kind", "")).lower(),
         "undertrained": bool((run.get("training") or {}).get("undertrained")),
         "has_voxels": has_voxels,
-        "verdict": results["verdict"],
+        "verdict": _verdict(results),
         "prevalence": _prevalence(results),
         "tables": {key: table for key, table in found.items() if table is not None},
         "groups": [table for table in groups if table is not None],
@@ -181,6 +182,21 @@ def _has_voxel_figures(results: Mapping[str, Any]) -> bool:
     )
 
 
+def _verdict(results: Mapping[str, Any]) -> str:
+    missing = results.get("missing_baselines") or {}
+    return verdict.with_missing(results["verdict"], missing)
+
+
+def _remarks(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must know of baselines and operating threshold, if anything."""
+    missing = results.get("missing_baselines") or {}
+    found = [
+        ("Missing baselines", "; ".join(f"{n}: {why}" for n, why in missing.items())),
+        ("Operating threshold", (results.get("operating") or {}).get("note") or ""),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
 def _prevalence(results: Mapping[str, Any]) -> str:
     share = _model(results).get("prevalence_pooled")
     return f"{share:.4f}" if tables.exists(share) else ""
@@ -227,7 +243,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"a perfect map would have a pooled Dice of {best:.3f}",
             )
         )
-    return rows
+    return rows + _remarks(results)
 
 
 def _volumes(facts: Mapping[str, Any]) -> str:

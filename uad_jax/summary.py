@@ -28,6 +28,7 @@ def summarize(
     num_samples: int,
     rule: str | None,
     undertrained: bool = False,
+    missing_baselines: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Makes the tables of one evaluation.
 
@@ -38,6 +39,7 @@ def summarize(
       num_samples: Bootstrap resamplings of the patients.
       rule: Of the operating threshold; None without thresholds.
       undertrained: Whether the run saw too little to support a claim.
+      missing_baselines: Baseline -> why it could not be computed.
 
     Returns:
       "scorers", "unprocessed", "pooled", "groups", "cases", "comparison", "verdict",
@@ -53,7 +55,9 @@ def summarize(
         "groups": _groups(processed, group_by, rule),
         "cases": verdict.cases(processed),
         "comparison": comparison,
-        "verdict": verdict.sentence(comparison, undertrained=undertrained),
+        "verdict": verdict.sentence(
+            comparison, undertrained=undertrained, missing=missing_baselines
+        ),
         "sham": verdict.sham(processed, num_samples),
         "healthy_reconstruction": _healthy_reconstruction(model),
         "counts": _counts(model, rule),

@@ -228,6 +228,19 @@ def best_baseline(results: Mapping[str, Any]) -> str | None:
     return max(others, key=lambda name: others[name]) if others else None
 
 
+def healthy_rate(results: Mapping[str, Any]) -> float | None:
+    """The false-positive rate on healthy scans behind the rule "healthy_fpr".
+
+    Of the evaluation itself; results that do not hold it have it in their config.
+    """
+    stated = (results.get("operating") or {}).get("healthy_fpr")
+    if stated is not None:
+        return float(stated)
+    config = results["run"].get("config") or {}
+    rate = (config.get("evaluation") or {}).get("healthy_fpr")
+    return None if rate is None else float(rate)
+
+
 def operating_points(results: Mapping[str, Any]) -> Table | None:
     """What is found at each threshold: one row per rule, the ceiling last."""
     metrics = results["scorers"][results["run"]["name"]]
@@ -314,8 +327,7 @@ def _same_as_rate(
     results: Mapping[str, Any], rule: str | None, present: Sequence[str]
 ) -> str | None:
     """The rule "healthy_fpr" by its rate, where that has a row of its own."""
-    config = results["run"].get("config") or {}
-    rate = config.get("evaluation", {}).get("healthy_fpr")
+    rate = healthy_rate(results)
     if rule != "healthy_fpr" or rate is None:
         return rule
     named = f"healthy_fpr_{100 * rate:g}"

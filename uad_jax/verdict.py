@@ -66,17 +66,37 @@ def compare(found: Results, num_samples: int) -> dict[str, Any]:
     }
 
 
-def sentence(comparison: Mapping[str, Any], *, undertrained: bool = False) -> str:
+def sentence(
+    comparison: Mapping[str, Any],
+    *,
+    undertrained: bool = False,
+    missing: Mapping[str, str] | None = None,
+) -> str:
     """Puts a comparison into words, no stronger than the numbers allow.
 
     Args:
       comparison: From `compare`.
       undertrained: Whether the run saw too little to support a claim.
+      missing: Baseline -> why it could not be computed.
     """
-    text = _compared(comparison)
+    text = with_missing(_compared(comparison), missing or {})
     if undertrained and "interval" in comparison:
         text += " It is undertrained, so this says nothing about the method."
     return text
+
+
+def with_missing(text: str, missing: Mapping[str, str]) -> str:
+    """Weakens what is said of baselines by those that could not be computed.
+
+    Args:
+      text: A verdict; what was weakened already, or names no baseline, stays.
+      missing: Baseline -> why it could not be computed.
+    """
+    listed = "; ".join(f"{name} is missing: {why}" for name, why in missing.items())
+    if not missing or listed in text or "baseline" not in text:
+        return text
+    text = text.replace("the baselines", "the baselines that could be computed")
+    return f"{text.removesuffix('.')}; {listed}{'.' if text.endswith('.') else ''}"
 
 
 def _compared(comparison: Mapping[str, Any]) -> str:
