@@ -1,5 +1,6 @@
 """The whole walk on 8 virtual devices: store, training, evaluation, report."""
 
+import copy
 import csv
 import json
 import math
@@ -155,20 +156,53 @@ def _leaves(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def many(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> config_lib.ExperimentConfig:
+    """The run's config with a set of five patients with a lesion: it has intervals."""
+    folder = tmp_path_factory.mktemp("many")
+    opened = smoke.get_config()
+    config_lib.fill(opened, config_lib.to_dict(trained[0]))
+    # After five scans, so that none is of the training.
+    store = stores.tiny_store(folder, {"train": 5, "test": 10})
+    opened.evaluation.sets = {"many": config_lib.EvaluationSet(store=str(store))}
+    return opened
+
+
+@pytest.mark.parametrize("exact_voxels", [10**9, 0])
+def test_the_set_knows_its_true_prevalence(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+    many: config_lib.ExperimentConfig,
+    mesh8: jax.sharding.Mesh,
+    exact_voxels: int,
+) -> None:
+    many = copy.deepcopy(many)
+    many.evaluation.exact_voxels = exact_voxels
+    found = evaluate.evaluate(many, trained[1], mesh=mesh8, progress=False)["many"]
+    assert found["pooled"] == ("exact" if exact_voxels else "histogram")
+    scans = [stores.phantom(5 + n, lesion=True) for n in range(1, 10, 2)]
+    counts = np.array([(one.lesion.sum(), one.brain.sum()) for one in scans])
+    lesion, brain = counts.T
+    facts = found["set"]
+    assert facts["prevalence_pooled"] == pytest.approx(lesion.sum() / brain.sum())
+    assert facts["prevalence_volume_mean"] == pytest.approx(np.mean(lesion / brain))
+    constant = found["scorers"]["constant map"]
+    assert constant["ap_pooled"] > facts["prevalence_pooled"]
+    assert found["unprocessed"]["constant map"]["ap_pooled"] == pytest.approx(
+        facts["prevalence_pooled"]
+    )
+
+
 def test_fault_D8_an_evaluation_on_eight_devices_has_the_figures_of_one(
     trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
-    tmp_path: pathlib.Path,
+    many: config_lib.ExperimentConfig,
     mesh1: jax.sharding.Mesh,
     mesh8: jax.sharding.Mesh,
 ) -> None:
-    config, workdir = trained
-    # Five patients with a lesion, so that there are intervals; none of the training.
-    many = stores.tiny_store(tmp_path, {"train": 5, "test": 10})
-    opened = smoke.get_config()
-    config_lib.fill(opened, config_lib.to_dict(config))
-    opened.evaluation.sets = {"many": config_lib.EvaluationSet(store=str(many))}
     one, eight = (
-        evaluate.evaluate(opened, workdir, mesh=mesh, progress=False)["many"]
+        evaluate.evaluate(many, trained[1], mesh=mesh, progress=False)["many"]
         for mesh in (mesh1, mesh8)
     )
     figures = one["scorers"]["smoke"]

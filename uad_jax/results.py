@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from uad_jax import config as config_lib
@@ -151,7 +152,33 @@ def set_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]
         "num_patients": len({result.info.patient for result in found}),
         "fingerprint": context.fingerprint([result.info for result in found]),
         "voxel_ml": found[0].voxel_ml,
+        **_prevalence([result for result in found if result.has_lesion]),
     }
+
+
+def _prevalence(lesions: Sequence[VolumeResult]) -> dict[str, float | None]:
+    """Share of lesion among the brain voxels of volumes with a lesion mask.
+
+    It is the AP of a constant map without erosion: what the baseline of that name has
+    is more where the protocol erodes. Lesion outside the brain mask counts as brain.
+    """
+    if not lesions:
+        return {"prevalence_pooled": None, "prevalence_volume_mean": None}
+    lesion = np.array([one.lesion_voxels for one in lesions])
+    brain = np.array([_num_voxels(one) for one in lesions])
+    return {
+        "prevalence_pooled": float(lesion.sum() / brain.sum()),
+        "prevalence_volume_mean": float(np.mean(lesion / brain)),
+    }
+
+
+def _num_voxels(result: VolumeResult) -> int:
+    """Voxels that count, from the scores or from their histogram."""
+    if result.voxels is not None:
+        scored = len(result.voxels.scores)
+    else:
+        scored = 0 if result.bins is None else int(result.bins.sum())
+    return scored + int(result.outside.sum())
 
 
 def data_kind(found: Sequence[VolumeResult]) -> str:
