@@ -282,6 +282,39 @@ def _change(folder: pathlib.Path, change: Callable[[dict[str, Any]], None]) -> N
     path.write_text(json.dumps(results))
 
 
+def test_rows_say_undertrained_and_how_the_loss_still_falls(
+    tmp_path: pathlib.Path,
+) -> None:
+    folders = []
+    for seed in range(3):
+        folder = fake_run(
+            tmp_path / f"s{seed}",
+            AP,
+            seed=seed % 2,
+            learning_rate=1 + seed // 2,
+            undertrained=seed == 1,
+        )
+        slope = {"validation_slope": -0.25 * (seed + 1)}
+        _change(folder, lambda one, slope=slope: one["run"]["training"].update(slope))
+        folders.append(folder)
+    result = compare.compare(folders, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    (group,) = (name for name, row in rows.items() if row["role"] == "group")
+    remarks = {name: row["remark"] for name, row in rows.items()}
+    assert remarks == {
+        "s0": "",
+        "s1": "undertrained",
+        "s2": "",
+        group: "undertrained",
+    }
+    assert float(rows["s2"]["validation_slope"]) == -0.75
+    assert float(rows[group]["validation_slope"]) == pytest.approx(-0.375)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "Loss slope" in page
+    assert "-0.750" in page
+    assert f"{group} (undertrained)" in compare.render(result)
+
+
 def test_a_missing_baseline_weakens_claims_and_is_noted(tmp_path: pathlib.Path) -> None:
     values = {f"s{n:02d}": 0.5 + 0.01 * n for n in range(20)}
     raw = {"raw": dict.fromkeys(values, 0.1)}

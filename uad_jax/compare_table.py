@@ -87,6 +87,13 @@ COLUMNS = (
         TRAINING,
         1,
     ),
+    Figure(
+        "validation_slope",
+        "Loss slope",
+        "relative change of the validation loss over the last fifth of the training; "
+        "below 0 it still falls",
+        TRAINING,
+    ),
     Figure("train_seconds", "Training s", "seconds of training", TRAINING, 0),
     Figure(
         "evaluation_seconds", "Evaluation s", "seconds of the evaluation", TRAINING, 0
@@ -130,14 +137,22 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
             "maps" if run["source"] == "maps" else "run",
             run["operating"]["rule"],
             {**run["metrics"], **run["training"], **_others(run)},
-            "undertrained" if run["training"].get("undertrained") else "",
+            _state(run["training"]),
         )
         for name, run in runs.items()
     ]
     for name, group in result["groups"].items():
         if group["num_runs"] > 1:
             figures = {**group["metrics"], **group["training"], **_above(group)}
-            found.append(Row(name, "group", group["rule"], figures))
+            found.append(
+                Row(
+                    name,
+                    "group",
+                    group["rule"],
+                    figures,
+                    _state(*(runs[one]["training"] for one in group["members"])),
+                )
+            )
     rule = next(iter(runs.values()))["operating"]["rule"]
     for name, metrics in result["baselines"].items():
         found.append(Row(name, "baseline", rule, metrics))
@@ -303,6 +318,11 @@ def _tested(test: Mapping[str, Any]) -> list[str]:
         tables.number(test["p_holm"], 4),
         str(test["num_patients"]),
     ]
+
+
+def _state(*trainings: Mapping[str, Any]) -> str:
+    """The remark on a row: one member that is undertrained makes the group so."""
+    return "undertrained" if any(one.get("undertrained") for one in trainings) else ""
 
 
 def _others(run: Mapping[str, Any]) -> dict[str, Any]:
