@@ -90,7 +90,9 @@ def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
     config.data.store = str(root / "store")
     config.data.modalities = modality
     config.source = f"configs/{file}.py:{argument}"
-    train.train(config, workdir, progress=False)
+    result = train.train(config, workdir, progress=False)
+    if result.stopped == "preempted":
+        sys.exit(train.EXIT_PREEMPTED)
     evaluate.evaluate(config, workdir, progress=False)
 
 

@@ -97,7 +97,7 @@ def spark_config() -> spark.SparkConfig:
         ema_decay=0.9,
         # A larger eps: steps along gradients of rounding errors stay small.
         optimizer=optim.OptimizerConfig(
-            learning_rate=1e-3, eps=1e-5, weight_decay=0.05
+            learning_rate=1e-3, eps=1e-3, weight_decay=0.05
         ),
     )
 

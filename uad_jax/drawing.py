@@ -122,7 +122,7 @@ def _curves(found: summary.Results) -> dict[str, bytes]:
     traced = {
         name: curve
         for name, results in found.items()
-        if name != "prevalence" and (curve := _trace(results)) is not None
+        if name != "constant map" and (curve := _trace(results)) is not None
     }
     if not traced:
         return {}
