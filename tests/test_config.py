@@ -1,6 +1,7 @@
 import dataclasses
 import enum
 import json
+import logging
 
 import pytest
 
@@ -52,11 +53,41 @@ def test_fill_names_both_classes_when_the_method_differs() -> None:
         config_lib.fill(_experiment(), stored)
 
 
-def test_fill_names_fields_that_are_not_in_both() -> None:
+def test_fill_refuses_a_stored_field_that_the_code_does_not_know() -> None:
     stored = config_lib.to_dict(_experiment())
     stored["method"]["depth"] = 4
-    with pytest.raises(ValueError, match="depth"):
+    with pytest.raises(
+        ValueError, match=r"_MethodConfig: expected .*found \['depth'\].*Use the code"
+    ):
         config_lib.fill(_experiment(), stored)
+
+
+def test_fill_gives_fields_newer_than_the_run_their_default(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trained = _experiment()
+    trained.seed = 7
+    stored = config_lib.to_dict(trained)
+    del stored["train"]["selection"], stored["method"]["scales"], stored["evaluation"]
+    opened = _experiment()
+    # What the config file says now is not what the run was trained with.
+    opened.train.selection = config_lib.Selection.REFERENCE
+    opened.method = _MethodConfig(scales=(5,))
+    opened.evaluation.batch_size = 9
+    with caplog.at_level(logging.INFO, logger="absl"):
+        config_lib.fill(opened, stored)
+    assert opened == trained
+    (record,) = caplog.records
+    named = "defaults are used for: method.scales, train.selection, evaluation."
+    assert named in record.getMessage()
+
+
+def test_fill_of_a_config_of_the_same_version_says_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="absl"):
+        config_lib.fill(_experiment(), config_lib.to_dict(_experiment()))
+    assert not caplog.records
 
 
 def test_validate_lists_all_problems_at_once() -> None:

@@ -5,6 +5,8 @@ import enum
 import json
 from typing import Any
 
+from absl import logging
+
 from uad_jax.data.config import DataConfig
 from uad_jax.methods.base import MethodConfig
 from uad_jax.metrics.postprocess import Protocol
@@ -157,34 +159,65 @@ def to_json(config: Any) -> str:
 def fill(config: Any, stored: dict[str, Any]) -> None:
     """Sets every field of a config to its stored value, in place.
 
+    A field that the stored config lacks is newer than the run. It gets the default of
+    its class, with which new fields do what was done before they existed; what the
+    config file says of it is not what the run was trained with.
+
     Args:
       config: A config of the same classes as the stored one.
-      stored: What `to_dict` returned.
+      stored: What `to_dict` returned, now or in an older version.
 
     Raises:
-      ValueError: If the classes or the fields differ.
+      ValueError: If the classes differ, or a stored field is unknown here.
     """
+    newer = _fill(config, stored)
+    if newer:
+        logging.info(
+            "The stored config is older than this code; defaults are used for: %s.",
+            ", ".join(newer),
+        )
+
+
+def _fill(config: Any, stored: dict[str, Any], prefix: str = "") -> list[str]:
+    """Does what `fill` does; returns the dotted names of the newer fields."""
     found, expected = type(config).__name__, stored.get("type")
     if found != expected:
         raise ValueError(
             f"The stored config holds a {expected}, but the config file makes a "
             f"{found}. Pass the --config that the run was trained with."
         )
-    names = {field.name for field in dataclasses.fields(config)}
-    differing = names ^ (set(stored) - {"type"})
-    if differing:
+    fields = dataclasses.fields(config)
+    unknown = set(stored) - {"type"} - {field.name for field in fields}
+    if unknown:
         raise ValueError(
-            f"{found}: fields {sorted(differing)} are not in both the stored config "
-            "and this version of the code. Use the code that trained the run."
+            f"{found}: expected its fields in this version of the code, found "
+            f"{sorted(unknown)} too in the stored config. Use the code that trained "
+            "the run."
         )
-    for name in names:
-        setattr(config, name, _filled(getattr(config, name), stored[name]))
+    newer = []
+    for field in fields:
+        name = f"{prefix}{field.name}"
+        if field.name not in stored:
+            newer.append(name)
+            _set_default(config, field)
+            continue
+        current = getattr(config, field.name)
+        if dataclasses.is_dataclass(current):
+            newer += _fill(current, stored[field.name], f"{name}.")
+        else:
+            setattr(config, field.name, _filled(current, stored[field.name]))
+    return newer
+
+
+def _set_default(config: Any, field: dataclasses.Field) -> None:
+    """Sets a field to the default of its class; without one it stays as it is."""
+    if field.default is not dataclasses.MISSING:
+        setattr(config, field.name, field.default)
+    elif field.default_factory is not dataclasses.MISSING:
+        setattr(config, field.name, field.default_factory())
 
 
 def _filled(current: Any, stored: Any) -> Any:
-    if dataclasses.is_dataclass(current) and not isinstance(current, type):
-        fill(current, stored)
-        return current
     if isinstance(current, enum.Enum):
         return type(current)(stored)
     if isinstance(current, tuple):
