@@ -31,7 +31,7 @@ import functools
 import pathlib
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import _opening
@@ -161,7 +161,8 @@ def _new_experiment() -> Any:
             "There are no data to train on: give --config.data.store=DIR, where DIR is "
             "the --store of `run.py prepare`."
         )
-    config.source = config_flags.get_config_filename(flags.FLAGS["config"])
+    chosen = config_flags.get_config_filename(flags.FLAGS["config"])
+    config.source = _opening.source_of(chosen)
     return config
 
 
@@ -353,6 +354,12 @@ def _need(*names: str) -> None:
         sys.exit(f"Missing: {flags_missing} (`python run.py --help` explains it.)")
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    logging.use_absl_handler()  # opening a run has something to say already
+    runtime.log_ours_only()
+    return _opening.parse_flags(argv, with_run=_WITH_RUN)
+
+
 def main(argv: list[str]) -> int | None:
     """Runs one mode; the exit status is 0 when it succeeded."""
     if len(argv) < 2:
@@ -363,7 +370,6 @@ def main(argv: list[str]) -> int | None:
         sys.exit(f"There is no mode {argv[1]!r}.{hint} Modes: {', '.join(modes)}.")
     if len(argv) > 2 and argv[1] != "compare":
         sys.exit(f"Not understood: {' '.join(argv[2:])}. Write flags as --name=value.")
-    runtime.log_ours_only()
     runtime.setup()
     try:
         return _compare(argv[2:]) if argv[1] == "compare" else _MODES[argv[1]]()
@@ -379,6 +385,4 @@ def main(argv: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    app.run(
-        main, flags_parser=functools.partial(_opening.parse_flags, with_run=_WITH_RUN)
-    )
+    app.run(main, flags_parser=_parse_flags)

@@ -12,6 +12,9 @@ from absl import app, flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
+_CONFIGS = pathlib.Path(__file__).resolve().parent
+_ROOT = _CONFIGS.parent
+
 
 def hint(word: str, words: Iterable[str]) -> str:
     """Suggests the nearest known word, if one is near."""
@@ -29,11 +32,21 @@ def _given(argv: list[str], name: str) -> str:
     return value
 
 
-def _stored_config(argv: list[str]) -> dict[str, Any] | None:
-    """The config stored in the --workdir, unless a --config is given."""
-    if _given(argv, "config"):
-        return None
-    return _read_config(pathlib.Path(_given(argv, "workdir")))
+def source_of(chosen: str) -> str:
+    """What a run stores as its config: a file of this repository by its place in it.
+
+    Args:
+      chosen: FILE or FILE:ARGUMENT, as --config was given.
+
+    Returns:
+      The same, but "configs/NAME.py" for every way to name a file in configs/, so that
+      the run can be opened from any directory and with any copy of the repository.
+    """
+    name, colon, argument = chosen.partition(":")
+    path = pathlib.Path(name).resolve()
+    if path.is_relative_to(_CONFIGS):
+        name = path.relative_to(_ROOT).as_posix()
+    return f"{name}{colon}{argument}"
 
 
 def _read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -55,9 +68,30 @@ def stored_experiment(workdir: pathlib.Path) -> Any:
     stored = _read_config(workdir)
     if stored is None:
         sys.exit(f"{workdir}: its config.json does not name the --config it came from.")
-    config = _experiment(stored["source"])
-    config_lib.fill(config, stored)
+    config = _experiment(_stored_source(workdir, stored))
+    try:
+        config_lib.fill(config, stored)
+    except ValueError as error:
+        sys.exit(f"{workdir}: {error}")
     return config
+
+
+def _stored_source(workdir: pathlib.Path, stored: dict[str, Any]) -> str:
+    """Where the config of a run is now: --config as trained, or the run's own copy.
+
+    The copy is code of whoever trained the run, and is executed as any --config is.
+    """
+    from uad_jax import train
+
+    name, colon, argument = stored["source"].partition(":")
+    copy = workdir / train.CONFIG_FILE
+    for path in (pathlib.Path(name), _ROOT / name, copy):
+        if path.is_file():
+            return f"{path}{colon}{argument}"
+    sys.exit(
+        f"{workdir} was trained with {name}, which is not here; put it back or pass "
+        "--config=..."
+    )
 
 
 def _experiment(chosen: str) -> Any:
@@ -94,10 +128,11 @@ def parse_flags(argv: list[str], with_run: Sequence[str]) -> list[str]:
       What is not a flag.
     """
     stored = None
-    if len(argv) > 1 and argv[1] in with_run:  # imports are late: --help is quick
-        stored = _stored_config(argv)
+    workdir = pathlib.Path(_given(argv, "workdir"))
+    if len(argv) > 1 and argv[1] in with_run and not _given(argv, "config"):
+        stored = _read_config(workdir)
     if stored is not None:
-        argv = [*argv[:2], f"--config={stored['source']}", *argv[2:]]
+        argv = [*argv[:2], f"--config={_stored_source(workdir, stored)}", *argv[2:]]
         sys.argv = argv  # config_flags looks for overrides there
     chosen = _given(argv, "config")
     config = _experiment(chosen) if chosen else None
@@ -116,7 +151,7 @@ def parse_flags(argv: list[str], with_run: Sequence[str]) -> list[str]:
         try:
             config_lib.fill(flag.value, stored)
         except ValueError as error:
-            sys.exit(f"{_given(argv, 'workdir')}: {error}")
+            sys.exit(f"{workdir}: {error}")
         for path, value in overrides.items():
             config_path.set_value(path, flag.value, value)
     return rest

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,8 +31,10 @@ from uad_jax.types import Batch, TrainState
 EXIT_PREEMPTED = 143  # status of a process that a signal stopped after it saved
 CHECKPOINTS = "checkpoints"
 PARAMETERS = "parameters.txt"
+CONFIG_FILE = "config_file.py"  # a copy of --config, for where that file is not
 SHAPES = "shapes.json"  # what is needed to rebuild the model without the data
 
+_CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _VALIDATION_SEED = 0  # not the run's: losses of different seeds compare
 
 
@@ -162,6 +165,7 @@ def describe(
         shapes = {"run": shape._asdict(), "batch": spec_to_json(stream.spec())}
         workdir_lib.write_json(workdir / SHAPES, shapes)
         _write_profile(config, workdir, store, stream)
+        _keep_config_file(config, workdir)
     return store, stream, config.method.make(shape)
 
 
@@ -223,6 +227,13 @@ def _write_profile(
             "profiles": {name: found.to_json() for name, found in profiles.items()},
         },
     )
+
+
+def _keep_config_file(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Copies the file of a config beside the run, unless it comes with this code."""
+    path = pathlib.Path(config.source.partition(":")[0])
+    if path.is_file() and not path.resolve().is_relative_to(_CONFIGS):
+        shutil.copyfile(path, workdir / CONFIG_FILE)
 
 
 def _describe_data(
