@@ -33,7 +33,8 @@ def collect(family: str, workdirs: list[pathlib.Path]) -> None:
             run = results["run"]
             slim = _renamed({key: results[key] for key in KEPT if key in results})
             slim["run"] = {
-                key: run[key] for key in ("name", "seed", "step", "training")
+                key: run.get(key)
+                for key in ("name", "seed", "step", "training", "imported")
             } | {
                 "commit": run["environment"]["commit"],
                 "device": run["environment"]["device_kind"],
@@ -139,6 +140,9 @@ def _patients(comparison: dict[str, Any]) -> int:
 
 def _state(runs: list[dict[str, Any]]) -> str:
     """Slices seen, share of the reference budget, slope, and what follows."""
+    if any(run["run"].get("imported") for run in runs):
+        files = {run["run"]["imported"]["file"] for run in runs}
+        return f"imported weights ({', '.join(sorted(files))}), training unknown"
     states = [run["run"]["training"] for run in runs]
     share = states[0]["percent_of_reference"]
     text = f"{_slices(states)} slices"
@@ -274,6 +278,8 @@ def training_table(results: list[dict[str, Any]]) -> str:
         results,
         lambda run: (_modality(run), run["run"]["name"], run["set"]["split"]),
     ).items():
+        if any(run["run"].get("imported") for run in runs):
+            continue  # how they were trained is not known
         states = [run["run"]["training"] for run in runs]
         healthy = [run["healthy_reconstruction"] for run in runs]
         undertrained = any(state["undertrained"] for state in states)

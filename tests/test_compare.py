@@ -374,3 +374,30 @@ def test_baselines_that_differ_between_runs_are_said(tmp_path: pathlib.Path) -> 
     result = compare.compare([one, two], tmp_path / "out")
     assert any("baseline raw of two has another AP" in n for n in result["notes"])
     assert result["baselines"]["raw"]["ap_pooled"] == pytest.approx(0.1)
+
+
+def test_imported_weights_are_no_seed_of_a_method_trained_here(
+    tmp_path: pathlib.Path,
+) -> None:
+    values = {f"s{n:02d}": 0.5 + 0.01 * n for n in range(20)}
+    raw = {"raw": dict.fromkeys(values, 0.1)}
+    folders = [
+        fake_run(tmp_path / f"r{seed}", values, baselines=raw, seed=seed)
+        for seed in range(4)
+    ]
+    known = {"step": 1, "file": "theirs.ckpt", "sha256": "1", "note": ""}
+    for folder in folders[2:]:
+        _change(folder, lambda one: one["run"].update(imported=known, training=None))
+    result = compare.compare(folders, tmp_path / "out")
+    members = [group["members"] for group in result["groups"].values()]
+    assert members == [["r0", "r1"], ["r2", "r3"]]
+    (claim,) = (
+        group["claim"]
+        for group in result["groups"].values()
+        if group["members"] == ["r2", "r3"]
+    )
+    assert "imported weights, training unknown: no claim" in claim
+    rows = table(tmp_path / "out")
+    assert rows["r0"]["remark"] == ""
+    assert rows["r2"]["remark"] == "imported weights, training unknown"
+    assert result["runs"]["r2"]["device"] == ""  # that of the training is not known

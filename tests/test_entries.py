@@ -214,6 +214,20 @@ def test_segmentations_of_other_volumes_are_left_out(tmp_path: pathlib.Path) -> 
     assert "of other volumes" in " ".join(second.notes)
 
 
+def test_damaged_segmentations_cost_the_pictures_only(tmp_path: pathlib.Path) -> None:
+    masks = {"a": np.ones((1, 2, 2), bool)}
+    one = fake_run(tmp_path / "one", AP, masks=masks)
+    two = fake_run(tmp_path / "two", AP, masks=masks)
+    path = two / "results" / "test_found.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+    first, second = entries.read([one, two])
+    assert first.found is not None
+    assert second.found is None
+    notes = " ".join(second.notes)
+    assert "damaged, so no pictures" in notes
+    assert str(tmp_path) not in notes
+
+
 def test_only_annotated_lesions_of_abnormal_volumes_count() -> None:
     rows = {
         "lesion": {"label": "abnormal", "patient": "p", "ap": "0.5", "dice_x": ""},

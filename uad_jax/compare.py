@@ -150,6 +150,7 @@ def _run(
         "modalities": entry.results["set"].get("modalities", []),
         "operating": {"rule": rule, "threshold": threshold},
         "training": dict(entry.training),
+        "imported": dict(entry.imported),
         "device": entry.device,
         "evaluation_seconds": run.get("evaluation_seconds"),
         "timings": run.get("timings") or {},

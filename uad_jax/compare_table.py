@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from uad_jax import results as results_lib
 from uad_jax import tables
+from uad_jax.entries import IMPORTED
 from uad_jax.tables import Figure, Table
 
 DETECTION = "Detection"
@@ -137,7 +138,7 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
             "maps" if run["source"] == "maps" else "run",
             run["operating"]["rule"],
             {**run["metrics"], **run["training"], **_others(run)},
-            _state(run["training"]),
+            IMPORTED if run["imported"] else _state(run["training"]),
         )
         for name, run in runs.items()
     ]

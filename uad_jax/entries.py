@@ -8,9 +8,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from uad_jax import segmentations, writer
 from uad_jax import workdir as workdir_lib
 
+IMPORTED = "imported weights, training unknown"  # a remark in tables
 _SHOWN = 5  # names listed in an error
 _NEEDED = ("scorer", "subject", "patient", "label", "ap")  # columns
 
@@ -69,6 +72,11 @@ class Entry:
         """Rule and operating threshold; "" without a rule."""
         found = self.results.get("operating") or {}
         return found.get("rule") or "", found.get("threshold")
+
+    @property
+    def imported(self) -> Mapping[str, Any]:
+        """What is known of weights that another program trained; else empty."""
+        return self.results["run"].get("imported") or {}
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -265,7 +273,7 @@ def _read_entry(
         rows=rows,
         by_step=by_step,
         lines=writer.read_metrics(folder),
-        device=_device(folder),
+        device="" if results["run"].get("imported") else _device(folder),
         found=found,
         store=store,
         notes=(*notes, *more),
@@ -336,7 +344,12 @@ def _read_found(
     path = folder / f"{set_name}_found.npz"
     if not path.exists():
         return None, "", ["There are no stored segmentations, so no pictures of it."]
-    found, facts = segmentations.load(path)
+    try:
+        found, facts = segmentations.load(path)
+    except segmentations.SegmentationsError as error:
+        logging.warning("%s", error)  # the page names no folders
+        note = "The stored segmentations are damaged, so no pictures of it."
+        return None, "", [f"{note} Evaluate the run again."]
     if facts.get("fingerprint") != fingerprint:
         note = "The stored segmentations are of other volumes: no pictures of it."
         return None, "", [note]

@@ -208,6 +208,7 @@ def evaluate_set(
             num_samples=context.settings.bootstrap_samples,
             rule=calibrating.operating(context, scales, scorer.name)["rule"],
             undertrained=bool(run["training"] and run["training"]["undertrained"]),
+            missing_baselines=missing,
         ),
         "missing_baselines": missing,
     }

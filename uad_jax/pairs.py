@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from uad_jax import tables, verdict
-from uad_jax.entries import CompareError, Entry, lesion_values
+from uad_jax.entries import IMPORTED, CompareError, Entry, lesion_values
 from uad_jax.metrics import statistics
 
 ALPHA = 0.05
@@ -205,6 +205,8 @@ def _claim(members: Sequence[Entry], above: Sequence[Mapping[str, Any]]) -> str:
     count = above[0]["num_patients"]
     if count < verdict.MIN_PATIENTS_TO_BEAT:
         return f"{text}; {count} patients are too few for a claim"
+    if any(member.imported for member in members):
+        return f"{text}; {IMPORTED}: no claim about the method"
     if any(member.training.get("undertrained") for member in members):
         return f"{text}; undertrained: no claim about the method"
     if len(members) < MIN_RUNS_TO_BEAT:
@@ -292,7 +294,9 @@ def _identity(entry: Entry) -> str:
     kept = {k: v for k, v in config.items() if k not in (*_FREE, "seed")}
     kept["train"] = _without(config.get("train"), _FREE_TRAIN)
     kept["data"] = _without(config.get("data"), (*_FREE_DATA, "fold"))
-    return json.dumps([kept, run.get("data_fingerprint")], sort_keys=True)
+    # Weights of another program are a method of their own.
+    weights = (run.get("imported") or {}).get("sha256")
+    return json.dumps([kept, run.get("data_fingerprint"), weights], sort_keys=True)
 
 
 def _without(part: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
