@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from tests import fresh
 from tests.test_scoring import _info
 from uad_jax import summary, verdict
 from uad_jax.measuring import Found, VolumeResult
@@ -262,7 +263,7 @@ def test_volumes_of_one_patient_count_as_one() -> None:
 
 
 def test_intervals_hold_their_estimates_and_resample_patients() -> None:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     volumes = [
         result(n, list(rng.random(40)), [1] * 8 + [0] * 32, patient=f"p{n // 2}")
         for n in range(16)
@@ -370,7 +371,7 @@ def test_the_reach_of_a_perfect_map_is_stated() -> None:
 
 
 def test_histograms_stand_in_for_voxels_that_are_not_kept() -> None:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     volumes = [
         result(n, list(np.round(rng.random(200) * 10, 1)), [1] * 20 + [0] * 180)
         for n in range(6)

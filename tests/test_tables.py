@@ -75,7 +75,7 @@ def test_a_rate_of_its_own_has_a_row_of_its_own(tmp_path: pathlib.Path) -> None:
     _, page = reports.written(tmp_path, results)
     _, _, *rows = reports.table(page, "Threshold from")
     assert rows[3][:3] == [
-        "healthy validation voxels, at the rate of the config (operating point)",
+        "healthy validation voxels, at the operating rate (operating point)",
         "0.1235",
         reports.cell(results["scorers"]["vae"], "dice_healthy_fpr_volume_mean"),
     ]

@@ -203,7 +203,7 @@ def _calibrated(
             f"{path} holds no threshold for {config.name}, so nothing can be called "
             "abnormal. `run.py train` makes it for the best checkpoint when it ends, "
             f"`run.py evaluate --workdir={workdir} --step={step}` for this one; both "
-            "need healthy validation scans."
+            "need validation scans, healthy ones or with annotated lesions."
         )
     return entries[config.name]
 

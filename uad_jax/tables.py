@@ -310,7 +310,7 @@ def _rules(results: Mapping[str, Any], metrics: Metrics) -> dict[str, str]:
         f"healthy_fpr_{rate}": f"{rate} % of healthy validation voxels"
         for rate in _RATES
     }
-    labels["healthy_fpr"] = "healthy validation voxels, at the rate of the config"
+    labels["healthy_fpr"] = "healthy validation voxels, at the operating rate"
     labels["validated"] = "best Dice on validation lesions"
     labels[_CEILING] = "ceiling: chosen on this test set; an upper bound, no result"
     present = [

@@ -4,6 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from tests import fresh
 from uad_jax.metrics import accumulators, calibration, voxel
 from uad_jax.metrics.voxel import VoxelScores
 
@@ -128,7 +129,7 @@ def test_score_edges_ascend_and_reach_into_the_tail() -> None:
 
 
 def test_fault_D4_lesions_far_above_all_healthy_scores_are_still_ranked() -> None:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     healthy = [
         VoxelScores(rng.normal(0, 1, 5000).astype(np.float32), np.zeros(5000, bool))
     ]

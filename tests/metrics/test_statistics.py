@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from tests import fresh
 from uad_jax.metrics import accumulators, statistics, voxel
 
 
@@ -246,7 +247,7 @@ def test_fault_D10_unequal_subject_sets_are_an_error(compare: object) -> None:
 
 
 def test_resampling_units_equals_a_loop_over_their_volumes() -> None:
-    rng = np.random.default_rng()
+    rng = fresh.rng()
     names = [f"v{n}" for n in range(17)]
     units = {name: f"p{rng.integers(5)}" for name in names}
     values = {name: float(rng.random()) for name in names}

@@ -38,7 +38,7 @@ class Calibration:
         if there were none.
       validated_dice: That Dice, of the scans it was chosen on; None like `validated`.
       score_edges: Ascending distinct scores, edges of histogram bins
-        (`ops.histogram`).
+        (`metrics.accumulators`).
       healthy_volume_scores: Volume scores of the healthy scans, ascending.
       num_healthy: Healthy scans used.
       num_abnormal: Annotated abnormal scans used.

@@ -243,7 +243,7 @@ def bootstrap_histograms(
 
     Args:
       metric: `accumulators.average_precision` or `accumulators.auroc`.
-      bins: [S, 2, K + 1] counts of each subject (`ops.histogram.counts`).
+      bins: [S, 2, K + 1] counts of each subject (`accumulators.histogram`).
       outside: [S, 2] voxels of each subject that are not scored.
       num_samples: Resamplings.
       confidence: Coverage of the interval.
