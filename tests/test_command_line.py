@@ -144,6 +144,10 @@ def test_commands_work_from_training_to_maps_of_new_scans(
     assert f"{results['scorers']['ours']['ap_pooled']:.3f}" in said
     assert (run / "report.html").is_file()
 
+    # From here on as if older code had trained it: a field is not stored.
+    stored = json.loads((run / "config.json").read_text())
+    del stored["train"]["selection"]
+    (run / "config.json").write_text(json.dumps(stored))
     said = _run(tmp_path, "evaluate", "--workdir=runs/ours", "--steps=all")
     with (run / "results" / "by_step.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

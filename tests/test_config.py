@@ -1,11 +1,14 @@
 import dataclasses
 import enum
+import functools
 import json
 import logging
+import pathlib
 
 import pytest
 
 from uad_jax import config as config_lib
+from uad_jax import workdir
 from uad_jax.data.config import Placement
 from uad_jax.methods import base
 
@@ -80,6 +83,32 @@ def test_fill_gives_fields_newer_than_the_run_their_default(
     (record,) = caplog.records
     named = "defaults are used for: method.scales, train.selection, evaluation."
     assert named in record.getMessage()
+
+
+def test_a_run_of_older_code_differs_only_where_it_was_changed(
+    tmp_path: pathlib.Path,
+) -> None:
+    config = _experiment()
+    stored = config_lib.to_dict(config)
+    del stored["train"]["selection"], stored["method"]["scales"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+
+    def changes() -> dict[str, str]:
+        return workdir.refuse_another_config(
+            tmp_path,
+            config_lib.to_dict(config),
+            functools.partial(config_lib.completed, config),
+        )
+
+    assert changes() == {}
+    config.train.selection = config_lib.Selection.REFERENCE
+    with pytest.raises(workdir.WorkdirError, match='selection: "fixed" -> "reference"'):
+        changes()
+    config = _experiment()
+    stored["method"]["type"] = "OtherConfig"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(workdir.WorkdirError, match='"OtherConfig" -> "_MethodConfig"'):
+        changes()
 
 
 def test_fill_of_a_config_of_the_same_version_says_nothing(

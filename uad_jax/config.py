@@ -1,5 +1,6 @@
 """The description of one experiment."""
 
+import copy
 import dataclasses
 import enum
 import json
@@ -176,6 +177,25 @@ def fill(config: Any, stored: dict[str, Any]) -> None:
             "The stored config is older than this code; defaults are used for: %s.",
             ", ".join(newer),
         )
+
+
+def completed(config: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the fields that it lacks at their defaults.
+
+    Args:
+      config: A config of the same classes.
+      stored: What `to_dict` returned, now or in an older version.
+
+    Returns:
+      What can be compared with `to_dict(config)`; if the classes or fields differ
+      otherwise, the stored config as it is.
+    """
+    opened = copy.deepcopy(config)
+    try:
+        _fill(opened, stored)
+    except ValueError:
+        return stored
+    return to_dict(opened)
 
 
 def _fill(config: Any, stored: dict[str, Any], prefix: str = "") -> list[str]:

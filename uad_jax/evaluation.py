@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -167,7 +168,11 @@ def contexts(
       workdir.WorkdirError: If config or recipe are not those of the training.
     """
     config_lib.validate(config)
-    workdir_lib.refuse_another_config(workdir, config_lib.to_dict(config))
+    workdir_lib.refuse_another_config(
+        workdir,
+        config_lib.to_dict(config),
+        functools.partial(config_lib.completed, config),
+    )
     store = Store.open(pathlib.Path(config.data.store))
     workdir_lib.refuse_another_recipe(workdir, store.recipe)
     names = config.data.modalities or ",".join(store.modalities)

@@ -5,6 +5,7 @@ training data lie in the workdir, so a run predicts wherever it is copied to.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -90,7 +91,11 @@ def restore(
       ValueError: The run cannot predict; says what it lacks.
     """
     config_lib.validate(config)
-    workdir_lib.refuse_another_config(workdir, config_lib.to_dict(config))
+    workdir_lib.refuse_another_config(
+        workdir,
+        config_lib.to_dict(config),
+        functools.partial(config_lib.completed, config),
+    )
     data = workdir_lib.read_json(workdir / workdir_lib.FINGERPRINT)
     known = _known(config, workdir, modality)
     recipe = _recipe(workdir, data["recipe"], known["recipe_hash"])

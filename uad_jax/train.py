@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -77,7 +78,11 @@ def train(
             "evaluations run in one process only. Use 0 and run.py evaluate."
         )
     with signals.StopSignal() as stop, workdir_lib.opened(workdir):
-        workdir_lib.check_config(workdir, config_lib.to_dict(config))
+        workdir_lib.check_config(
+            workdir,
+            config_lib.to_dict(config),
+            functools.partial(config_lib.completed, config),
+        )
         workdir_lib.write_environment(workdir)
         checkpoints = checkpoint_lib.Checkpoints(
             workdir / CHECKPOINTS,

@@ -9,7 +9,7 @@ import os
 import pathlib
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -137,7 +137,11 @@ def write_environment(workdir: pathlib.Path) -> None:
         write_json(workdir / ENVIRONMENT, environment.describe())
 
 
-def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
+def check_config(
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    completed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict[str, str]:
     """Compares a config with the one the run began with, and stores it.
 
     A run begins with its first checkpoint; until then any config will do.
@@ -145,6 +149,7 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     Args:
       workdir: The run.
       config: The config as plain JSON types (`config.to_dict`).
+      completed: Adds to the stored config what newer code has (`config.completed`).
 
     Returns:
       The allowed changes, name -> "old -> new"; empty for a new run.
@@ -156,7 +161,7 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
     changes = {}
     begun = _has_begun(workdir)
     if begun:
-        changes = refuse_another_config(workdir, config)
+        changes = refuse_another_config(workdir, config, completed)
         for name, change in changes.items():
             note = ""
             if name in _CHANGES_BITS:
@@ -170,9 +175,16 @@ def check_config(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, 
 
 
 def refuse_another_config(
-    workdir: pathlib.Path, config: Mapping[str, Any]
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    completed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, str]:
     """Compares a config with the stored one; changes nothing.
+
+    Args:
+      workdir: The run.
+      config: The config as plain JSON types.
+      completed: As in `check_config`.
 
     Returns:
       The allowed changes, name -> "old -> new".
@@ -180,7 +192,8 @@ def refuse_another_config(
     Raises:
       WorkdirError: Lists every change that would make it another run.
     """
-    changes = difference(read_json(workdir / CONFIG), config)
+    stored = read_json(workdir / CONFIG)
+    changes = difference(completed(stored) if completed else stored, config)
     refused = {k: v for k, v in changes.items() if not _may_change(k)}
     if refused:
         raise WorkdirError(
