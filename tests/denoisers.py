@@ -8,12 +8,7 @@ from uad_jax.methods import cddpm, ddpm, pddpm, spark
 from uad_jax.ops import augment, diffusion, losses, noise, residuals
 
 SIZE = 16
-NO_AUGMENT = augment.AugmentConfig(
-    gamma_probability=0.0,
-    bias_probability=0.0,
-    blur_probability=0.0,
-    ghost_probability=0.0,
-)
+NO_AUGMENT = augment.none()
 
 
 def unet() -> denoising_config.UNetConfig:

@@ -18,6 +18,7 @@ from uad_jax.denoising_config import (
 from uad_jax.methods import base, lifting
 from uad_jax.nn import unet
 from uad_jax.ops import diffusion, residuals
+from uad_jax.ops.augment import AugmentConfig
 from uad_jax.types import (
     Array,
     Batch,
@@ -40,6 +41,7 @@ class MethodConfig(Protocol):
     unet: UNetConfig
     process: ProcessConfig
     scoring: ScoringConfig
+    augment: AugmentConfig
     precision: base.Precision
     accumulate_steps: int
     ema_decay: float
@@ -51,6 +53,7 @@ def validate(config: MethodConfig) -> None:
     config.unet.validate()
     config.process.validate()
     config.scoring.validate(config.process.num_steps)
+    config.augment.validate()
     config.optimizer.validate()
     base.check_training(config.accumulate_steps, config.ema_decay)
 
@@ -72,16 +75,23 @@ def method(
       run: What schedules depend on.
       init_model: (config, key, batch) -> model.
       loss: (config, params, collections, batch, key) -> (loss, (collections,
-        scalars)).
+        scalars)). In training its batch is augmented.
       reconstruct_slices: (config, model, image, mask, keys) -> [N, E, H, W, C], as in
         `scorer`.
       reconstruct: (config, model, image, mask, key, strength) -> image.
       validation_loss: Like `loss`, without what belongs to training alone; None = the
         same. It gets one fixed key.
     """
+
+    def training_loss(
+        params: dict[str, Tree], collections: dict[str, Tree], batch: Batch, key: Key
+    ) -> tuple[Array, tuple[dict[str, Tree], Scalars]]:
+        batch = noising.augmented(config.augment, batch, key)
+        return loss(config, params, collections, batch, key)
+
     init, update = base.single_optimizer(
         functools.partial(init_model, config),
-        functools.partial(loss, config),
+        training_loss,
         config.optimizer.make(run.total_steps),
         ema_decay=config.ema_decay,
         accumulate_steps=config.accumulate_steps,

@@ -4,6 +4,7 @@ Images are about [0, 1] outside and about [-1, 1] where they are noised and deno
 Steps are zero-based: t in [0, T).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +13,14 @@ import jax.numpy as jnp
 
 from uad_jax.denoising_config import ProcessConfig, ScoringConfig
 from uad_jax.methods import base
+from uad_jax.ops import augment as augment_lib
 from uad_jax.ops import diffusion, losses
+from uad_jax.ops.augment import AugmentConfig
 from uad_jax.types import Array, Batch, Key
 
 # (keys [N], shape [N, H, W, C]) -> the noised pixels, [N, H, W, 1] bool
 Region = Callable[[Array, tuple[int, ...]], Array]
+_AUGMENT = 3  # draw of a row; `noised` uses 0 to 2
 
 
 def to_signed(image: Array) -> Array:
@@ -67,6 +71,15 @@ def noised(process: ProcessConfig, batch: Batch, key: Key) -> Noised:
     if process.prediction is not diffusion.Prediction.EPS:
         target = diffusion.from_x0(schedule, process.prediction, x0, xt, t)
     return Noised(x0, xt, t, target, others)
+
+
+def augmented(config: AugmentConfig, batch: Batch, key: Key) -> Batch:
+    """Changes each slice of a training batch at random, keyed like its noise."""
+    keys = base.sample_keys(key, batch.uid, batch.slice_index)
+    keys = diffusion.fold_in(keys, _AUGMENT)
+    return dataclasses.replace(
+        batch, image=augment_lib.augment(config, keys, batch.image)
+    )
 
 
 def mean_error(

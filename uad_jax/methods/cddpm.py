@@ -27,8 +27,7 @@ from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 ENCODER = "encoder"  # its name in the parameters
 _STATISTICS = "batch_stats"
-# `noising.noised` uses the draws 0 to 2 of a row.
-_AUGMENT, _DROP_PATH = 3, 4
+_DROP_PATH = 4  # draw of a row; `noising` uses 0 to 3
 
 
 @dataclasses.dataclass
@@ -103,7 +102,6 @@ class CddpmConfig:
         """Raises ValueError for settings that cannot work."""
         denoising.validate(self)
         self.encoder.validate()
-        self.augment.validate()
 
     def make(self, run: base.RunShape) -> base.Method:
         """Builds the method. Float fields but `augment.max_blur` may be traced."""
@@ -144,17 +142,13 @@ def loss(
       config: The model.
       params: {"denoiser": ..., "encoder": ...}.
       collections: {"encoder": {"batch_stats": ...}}.
-      batch: Slices, image [B, H, W, C] float32; augmented here.
+      batch: Slices, image [B, H, W, C] float32.
       key: Key of the step.
 
     Returns:
       The loss [] and (changed collections, no scalars).
     """
     keys = base.sample_keys(key, batch.uid, batch.slice_index)
-    changed = augment_lib.augment(
-        config.augment, diffusion.fold_in(keys, _AUGMENT), batch.image
-    )
-    batch = dataclasses.replace(batch, image=changed)
     condition, updates = _encoder(config).apply(
         {"params": params[ENCODER], **collections[ENCODER]},
         batch.image,
@@ -176,7 +170,7 @@ def validation_loss(
     batch: Batch,
     key: Key,
 ) -> tuple[Array, tuple[dict[str, Tree], Scalars]]:
-    """Like `loss`, with slices as they are and the encoder's running statistics."""
+    """Like `loss`, with the encoder's running statistics and no skipped blocks."""
     model = ModelState(params=params, collections=collections)
     condition = encode(config, model, batch.image)
     denoise = denoising.denoiser(config, params, batch.image.shape, condition)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from uad_jax import denoising, denoising_config, noising, optim
 from uad_jax.methods import base
+from uad_jax.ops import augment as augment_lib
 from uad_jax.ops import diffusion
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
@@ -40,6 +41,7 @@ class DdpmConfig:
       chain_calls: CHAIN: calls of the denoiser, spread evenly; 0 = every step.
       eta: CHAIN: randomness of DDIM, from 0 to 1.
       clip: Limit estimates of the clean image to its range [0, 1].
+      augment: How training slices are changed at random; not at all by default.
       precision: Type of the network's computation.
       accumulate_steps: Micro-batches per optimiser step.
       ema_decay: Decay of the averaged parameters; 0 = none.
@@ -60,6 +62,9 @@ class DdpmConfig:
     chain_calls: int = 0
     eta: float = 0.0
     clip: bool = False
+    augment: augment_lib.AugmentConfig = dataclasses.field(
+        default_factory=augment_lib.none
+    )
     precision: base.Precision = base.Precision.FLOAT32
     accumulate_steps: int = 1
     ema_decay: float = 0.0

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from uad_jax import denoising, denoising_config, noising, optim
 from uad_jax.methods import base
+from uad_jax.ops import augment as augment_lib
 from uad_jax.ops import diffusion, patches
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
@@ -45,6 +46,7 @@ class PddpmConfig:
       stride: Pixels from box to box of the grid; 0 = as few boxes as cover the slice.
       boxes: Which box is noised in training.
       overlap: Which box a pixel comes from where boxes of the grid overlap.
+      augment: How training slices are changed at random; not at all by default.
       precision: Type of the network's computation.
       accumulate_steps: Micro-batches per optimiser step.
       ema_decay: Decay of the averaged parameters; 0 = none.
@@ -64,6 +66,9 @@ class PddpmConfig:
     stride: int = 0
     boxes: Boxes = Boxes.GRID
     overlap: patches.Overlap = patches.Overlap.AVERAGE
+    augment: augment_lib.AugmentConfig = dataclasses.field(
+        default_factory=augment_lib.none
+    )
     precision: base.Precision = base.Precision.FLOAT32
     accumulate_steps: int = 1
     ema_decay: float = 0.0

@@ -69,6 +69,16 @@ class AugmentConfig:
             )
 
 
+def none() -> AugmentConfig:
+    """Settings that change nothing."""
+    return AugmentConfig(
+        gamma_probability=0.0,
+        bias_probability=0.0,
+        blur_probability=0.0,
+        ghost_probability=0.0,
+    )
+
+
 def augment(config: AugmentConfig, keys: Key, images: Array) -> Array:
     """Changes images at random.
 
