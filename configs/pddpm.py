@@ -11,7 +11,8 @@ Command:   python run.py train --config=configs/pddpm.py:WORD \
 Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
 Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 28 slices/s on two free
            cores, four minutes, and the evaluation (docs/benchmarks.md)
-Expected:  not yet measured; docs/diffusion.md has what is published
+Expected:  `cpu`, 300 steps: docs/results_synthetic.md; docs/diffusion.md has what is
+           published
 """
 
 from configs import _diffusion, _parts

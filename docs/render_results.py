@@ -232,7 +232,7 @@ def pair_table(name: str) -> str:
         cells += [_number(pair[key]) for key in ("first_mean", "second_mean")]
         cells += [f"{pair['difference']:+.3f}", f"{100 * relative:+.0f} %"]
         cells += ["-" if low is None else f"[{low:+.3f}, {high:+.3f}]"]
-        cells += [_number(pair["p_holm"]), str(pair["num_patients"])]
+        cells += [_number(pair["p_holm"], 4), str(pair["num_patients"])]
         rows.append([*cells, "; ".join([pair["verdict"], *pair["notes"]])])
     caption = (
         f"{'+'.join(facts['modalities']).upper()}, {facts['data_kind']}, split "

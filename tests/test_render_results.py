@@ -152,7 +152,7 @@ def test_pairs_are_collected_and_shown_with_their_relative_difference(
     table = render.pair_table("one")
     assert "T2, synthetic, split test, protocol `behrendt`" in table
     row = "| pddpm (3 runs) | ddpm (3 runs) | AP | 0.150 | 0.120 | +0.030 | +25 % |"
-    assert f"{row} [+0.010, +0.050] | 0.020 | 24 | above; undertrained" in table
+    assert f"{row} [+0.010, +0.050] | 0.0200 | 24 | above; undertrained" in table
 
 
 def test_scorers_of_older_results_get_the_names_of_today(
