@@ -19,8 +19,17 @@ from uad_jax import checkpoint, types
 from uad_jax import mesh as mesh_lib
 
 SCORERS = [name for name, row in TABLE.items() if row.config.make(RUN).score]
-every_method = pytest.mark.parametrize("name", list(TABLE))
-every_scorer = pytest.mark.parametrize("name", SCORERS)
+
+
+def _rows(names: list[str]) -> pytest.MarkDecorator:
+    slow = {name: [pytest.mark.slow] if TABLE[name].slow else [] for name in names}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=slow[name]) for name in names]
+    )
+
+
+every_method = _rows(list(TABLE))
+every_scorer = _rows(SCORERS)
 
 
 class Compiled(NamedTuple):
@@ -249,7 +258,7 @@ def test_one_batch_is_overfitted_within_300_steps(name: str) -> None:
     for step in range(RUN.total_steps):
         state, _ = update(state, batch, jax.random.key(step))
     last = jax.jit(method.validate)(state.for_eval(), batch, jax.random.key(1))
-    assert last[row.reconstruction] <= 0.05 * first[row.reconstruction]
+    assert last[row.reconstruction] <= row.overfit_bound * first[row.reconstruction]
 
 
 @functools.cache
