@@ -4,9 +4,11 @@ r"""Trains and evaluates methods of two cores over modalities and seeds.
     python benchmarks/study.py --root=runs/ixi --source=MANIFEST.csv \
         --sets=mslub=MSLUB_MANIFEST.csv,tcga=TCGA_MANIFEST.csv    # real scans
 
-All train with the same number of steps of batch 16, and so see as many slices. Finished
-runs are skipped, so it can be stopped and started again. Afterwards
-`docs/render_results.py` collects the results and renders the tables.
+All train with the same number of steps of batch 16, and so see as many slices, none of
+them augmented. `cddpm_spark` needs `spark` before it in the list, which sees as many
+slices again and has nothing to evaluate. Finished runs are skipped, so that it can be
+stopped and started again. Afterwards `docs/render_results.py` collects the results and
+renders the tables.
 """
 
 import importlib
@@ -21,6 +23,8 @@ from uad_jax import config as config_lib
 from uad_jax import evaluate, prepare, runtime, train
 from uad_jax.config import EvaluationSet
 from uad_jax.data import cohort
+from uad_jax.methods import cddpm, spark
+from uad_jax.ops import augment
 
 _ROOT = flags.DEFINE_string("root", "runs/study", "Directory of cohort, store, runs.")
 _SOURCE = flags.DEFINE_string("source", "", "Manifest of real scans; else synthetic.")
@@ -37,7 +41,9 @@ CONFIGS = {
     "vae": ("autoencoder", "variant=vae,cpu"),
     "ddpm": ("ddpm", "cpu"),
     "pddpm": ("pddpm", "cpu"),
+    "spark": ("spark", "cpu"),
     "cddpm": ("cddpm", "cpu"),
+    "cddpm_spark": ("cddpm", "cpu"),  # starts from the run of spark with its seed
     "anoddpm": ("ddpm", "anoddpm,cpu"),
 }
 # Fixed before the first model was trained on it.
@@ -76,12 +82,16 @@ def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
     if (workdir / "results" / "test.json").exists():
         return
     file, argument = CONFIGS[name]
+    if name == "cddpm_spark":
+        argument += f",encoder={root / f'{modality}-spark-{seed}'}"
     module = importlib.import_module(f"configs.{file}")
     config: config_lib.ExperimentConfig = module.get_config(argument)
     config.name = name
     config.seed = seed
     config.total_steps = _STEPS.value
     config.train.eval_every = config.train.save_every = max(_STEPS.value // 10, 1)
+    if isinstance(config.method, cddpm.CddpmConfig):
+        config.method.augment = augment.none()  # as the others
     if _SOURCE.value:  # healthy scans: the validation scans are worth a row too
         config.evaluation.sets = {
             "val": EvaluationSet(split="val"),
@@ -93,7 +103,8 @@ def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
     result = train.train(config, workdir, progress=False)
     if result.stopped == "preempted":
         sys.exit(train.EXIT_PREEMPTED)
-    evaluate.evaluate(config, workdir, progress=False)
+    if not isinstance(config.method, spark.SparkConfig):
+        evaluate.evaluate(config, workdir, progress=False)
 
 
 if __name__ == "__main__":

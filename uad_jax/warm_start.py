@@ -72,7 +72,11 @@ def warm_start(
             # A copy: the train step donates its state, and no buffer twice.
             leaves[average] = jnp.copy(leaf)
     if fresh:
-        logging.info("Warm start leaves %d leaves fresh: %s", len(fresh), fresh)
+        logging.info(
+            "Warm start leaves %d leaves fresh: %s",
+            len(fresh),
+            ", ".join(_covering(fresh, model)),
+        )
     restored = jax.tree.unflatten(jax.tree.structure(state), list(leaves.values()))
     return restored, fresh
 
@@ -119,6 +123,26 @@ def _read(
         "Warm start: %d leaves from step %d of %s", len(wanted), chosen, directory
     )
     return {target: values[o] for target, o in origin.items()}
+
+
+def _covering(paths: Sequence[str], among: Sequence[str]) -> list[str]:
+    """The fewest modules (or leaves) that hold the given model leaves and no others."""
+    names = {path: "/".join(_address(path)[1]) for path in among}
+    others = {names[path] for path in among if path not in set(paths)}
+
+    def cover(name: str) -> str:
+        parts = name.split("/")
+        for length in range(1, len(parts)):
+            head = "/".join(parts[:length])
+            if not any(_begins(other, head) for other in others):
+                return head
+        return name
+
+    return list(dict.fromkeys(cover(names[path]) for path in paths))
+
+
+def _begins(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + "/")
 
 
 def _address(path: str) -> tuple[str, list[str]]:

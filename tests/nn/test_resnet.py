@@ -145,6 +145,12 @@ def test_padded_rows_change_neither_statistics_nor_other_rows() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_of_padding_alone_gives_numbers() -> None:
+    network, variables = _filled()
+    out, stats = _train(network, variables, _images(), valid=jnp.zeros(2, bool))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((out, stats)))
+
+
 def test_hidden_cells_stay_zero_and_are_never_seen() -> None:
     network, variables = _filled()
     active = jnp.array([[[True, False], [False, True]], [[False, True], [True, True]]])

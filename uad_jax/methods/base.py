@@ -205,7 +205,8 @@ def accumulate(
     Args:
       gradient: (collections, batch) -> (collections, gradients, scalars), means over
         the valid rows.
-      collections: Mutable collections, handed from one micro-batch to the next.
+      collections: Mutable collections, handed from one micro-batch to the next; one
+        without valid rows does not change them.
       batch: The whole batch.
       num_parts: Number of micro-batches.
 
@@ -231,8 +232,11 @@ def accumulate(
 
     def step(carry: tuple, part: Batch) -> tuple[tuple, None]:
         collections, *sums = carry
-        collections, *values = gradient(collections, part)
+        changed, *values = gradient(collections, part)
         weight = jnp.sum(part.valid).astype(jnp.float32) / total
+        collections = jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), changed, collections
+        )
         sums = jax.tree.map(lambda s, v: s + weight * v, sums, values)
         return (collections, *sums), None
 

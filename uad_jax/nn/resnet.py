@@ -274,7 +274,8 @@ def batch_norm(
       name: Of the Flax module.
       train: Whether batch statistics are used and stored.
       active: Active cells, [N, h, w] bool; None = all.
-      valid: Rows that count, [N] bool; None = all.
+      valid: Rows that count, [N] bool; None = all. If none does, all count, because
+        the mean of nothing is not a number; `base.accumulate` drops their statistics.
       zero: Whether the scale starts at 0 instead of 1.
 
     Returns:
@@ -283,7 +284,7 @@ def batch_norm(
     seen = None if active is None else cells_at(x, active)
     counted = seen
     if valid is not None:
-        rows = valid[:, None, None, None]
+        rows = (valid | ~valid.any())[:, None, None, None]
         counted = rows if seen is None else seen & rows
     norm = nn.BatchNorm(
         use_running_average=not train,
