@@ -44,6 +44,7 @@ CONFIGS = {
     "spark": ("spark", "cpu"),
     "cddpm": ("cddpm", "cpu"),
     "cddpm_spark": ("cddpm", "cpu"),  # starts from the run of spark with its seed
+    "dae": ("dae", "cpu"),
     "anoddpm": ("ddpm", "anoddpm,cpu"),
 }
 # Fixed before the first model was trained on it.

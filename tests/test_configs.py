@@ -34,6 +34,7 @@ ARGUMENTS = {
         for word in ("", "paper", "cpu")
     ],
     "cddpm": ["", "paper", "cpu", "cpu,encoder=runs/spark"],
+    "dae": ["", "paper", "cpu"],
     "ddpm": ["", "paper", "cpu", "anoddpm", "anoddpm,paper", "anoddpm,cpu"],
     "demo": ["", "quick"],
     "pddpm": ["", "paper", "cpu"],
@@ -116,9 +117,10 @@ def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
         ("ddpm", "anoddpm,paper", 256, 130_331_393),
         ("cddpm", "paper", 96, 44_068_481 + 24_550_848),
         ("spark", "paper", 96, 37_964_305),
+        ("dae", "paper", 128, 7_701_825),
     ],
 )
-def test_published_diffusion_models_have_their_size(
+def test_published_models_have_their_size(
     name: str, arg: str, side: int, expected: int
 ) -> None:
     config = _config(name, arg)
@@ -155,6 +157,20 @@ def test_published_pretraining_and_condition_keep_their_budget_and_settings() ->
     )
 
 
+def test_the_published_denoising_autoencoder_keeps_its_budget_and_settings() -> None:
+    config = _config("dae", "paper")
+    assert (config.batch_size, config.total_steps) == (16, 67_200)
+    method: Any = config.method
+    assert (method.width, method.num_levels, method.shared_shift) == (64, 4, True)
+    assert (method.noise_cells, method.noise_deviation) == (16, 0.2)
+    adam = method.optimizer
+    assert (adam.learning_rate, adam.l2, adam.clip_norm) == (1e-4, 1e-5, 0.5)
+    assert (adam.amsgrad, adam.half_period) == (True, 100 * 32)
+    assert adam.schedule is optim.Schedule.COSINE_PERIODIC
+    modern = _config("dae", "")
+    assert modern.batch_size * modern.total_steps == config.reference_slices
+
+
 def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
     for size in ("", "paper", "cpu"):
         words = ",".join(filter(None, (size, "encoder=runs/spark")))
@@ -170,13 +186,13 @@ def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
 
 
 def test_paper_and_cpu_exclude_each_other() -> None:
-    for name in ("autoencoder", "cddpm", "ddpm", "pddpm", "spark"):
+    for name in ("autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark"):
         with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
             _config(name, "paper,cpu")
 
 
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    names = ("autoencoder", "cddpm", "ddpm", "pddpm", "spark")
+    names = ("autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark")
     small = [(name, "cpu") for name in names]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)

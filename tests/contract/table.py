@@ -11,7 +11,7 @@ import numpy as np
 from configs import smoke
 from tests import denoisers
 from uad_jax import denoising_config, optim, types
-from uad_jax.methods import base
+from uad_jax.methods import base, dae
 from uad_jax.methods.autoencoder import Variant
 from uad_jax.ops import losses, noise
 
@@ -136,6 +136,36 @@ def _spark() -> Row:
     )
 
 
+def _dae() -> Row:
+    """A denoising autoencoder; noise it has never seen cannot be overfitted."""
+    return Row(
+        config=dae.DaeConfig(
+            width=4,
+            num_levels=2,
+            noise_cells=4,
+            ema_decay=0.9,
+            optimizer=optim.OptimizerConfig(
+                learning_rate=1e-3, clip_norm=100.0, l2=1e-5, amsgrad=True
+            ),
+        ),
+        overfit={
+            "width": 8,
+            "ema_decay": 0.0,
+            "optimizer": optim.OptimizerConfig(
+                learning_rate=5e-3, schedule=optim.Schedule.COSINE
+            ),
+        },
+        reconstruction="loss",
+        float_fields={
+            "optimizer.learning_rate": (1e-3, 3e-3),
+            "optimizer.clip_norm": (100.0, 0.1),
+            "optimizer.l2": (1e-5, 1e-2),
+            "noise_deviation": (0.2, 0.4),
+            "ema_decay": (0.9, 0.5),
+        },
+    )
+
+
 TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
 TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
 TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
@@ -158,6 +188,7 @@ TABLE["cddpm"] = _diffusion(
     train_steps=100,
 )
 TABLE["spark"] = _spark()
+TABLE["dae"] = _dae()
 
 
 def _brains(rows: int, size: int) -> jax.Array:
