@@ -6,6 +6,8 @@
     python run.py train       --config=FILE --workdir=DIR --config.data.store=DIR
     python run.py evaluate    --workdir=DIR              metrics and report
     python run.py evaluate    --workdir=DIR --steps=all  many checkpoints [--watch]
+    python run.py evaluate    --workdir=DIR --protocol=baur
+                                                         as another study evaluates
     python run.py evaluate    --workdir=DIR --maps=DIR --source=MANIFEST
                                                          maps made by another tool
     python run.py compare     DIR DIR ... --output=DIR   runs or maps side by side
@@ -36,6 +38,7 @@ from ml_collections import config_flags
 
 from configs import _opening
 from uad_jax import runtime
+from uad_jax.metrics import protocols
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/autoencoder.py:variant=vae,cpu"
@@ -59,6 +62,12 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; default: the best."
 _STEPS = flags.DEFINE_string("steps", "", "evaluate: 'all', or 'A:B'; by_step.csv.")
 _WATCH = flags.DEFINE_bool("watch", False, "evaluate: follow a run that trains.")
 _MAPS = flags.DEFINE_string("maps", "", "evaluate: folder of maps of another tool.")
+_PROTOCOL = flags.DEFINE_enum_class(
+    "protocol",
+    None,
+    protocols.Protocol,
+    "evaluate: of all sets; results of another than the config's are <set>_<protocol>.",
+)
 _INPUT = flags.DEFINE_string(
     "input", "", "predict: scan, folder or manifest.csv; import: file of weights."
 )
@@ -198,6 +207,8 @@ def _evaluate() -> None:
         stores = [*_DATA.value, *([_STORE.value] if _STORE.value else [])]
         if stores:
             config.evaluation.sets = evaluation.sets_of_stores(config, stores)
+        if _PROTOCOL.value:
+            config.evaluation.sets = evaluation.sets_with(config, _PROTOCOL.value)
         if several:
             steps = _STEPS.value or "all"
             rows = by_step.evaluate_steps(
@@ -214,7 +225,7 @@ def _evaluate() -> None:
 
 def _evaluate_maps(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
     """Scores a folder of maps on --store, or on what --source is prepared to."""
-    from uad_jax import evaluate_maps, prepare
+    from uad_jax import evaluate_maps, evaluation, prepare
     from uad_jax.data import examine
 
     store = pathlib.Path(_STORE.value or workdir / "store")
@@ -227,8 +238,19 @@ def _evaluate_maps(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any
         nan_to_zero=_NAN.value == "zero",
         assume_orientation=_ASSUME_ORIENTATION.value,
     )
+    chosen = evaluation.EvaluationSet()
+    name = evaluation.DEFAULT_SET
+    if _PROTOCOL.value and _PROTOCOL.value is not chosen.protocol:
+        chosen.protocol = _PROTOCOL.value
+        name = f"{name}_{chosen.protocol.value}"
     return evaluate_maps.evaluate_maps(
-        folder, store, workdir, modality=_MODALITY.value, reading=reading
+        folder,
+        store,
+        workdir,
+        modality=_MODALITY.value,
+        set_name=name,
+        evaluation_set=chosen,
+        reading=reading,
     )
 
 

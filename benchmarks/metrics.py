@@ -28,7 +28,7 @@ from scipy import ndimage
 
 from uad_jax import runtime
 from uad_jax.data import cohort, lesions
-from uad_jax.metrics import postprocess, voxel
+from uad_jax.metrics import postprocess, protocols, voxel
 
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Rounds; medians are printed.", 7)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the synthetic subject.")
@@ -82,7 +82,7 @@ def ours(volume: Volume) -> tuple[Found, Lap]:
             jnp.asarray(volume.scores[None]),
             jnp.asarray(volume.brain[None]),
             jnp.ones((1, len(volume.brain)), bool),
-            postprocess.Protocol.BEHRENDT,
+            protocols.Protocol.BEHRENDT,
         )
     )
     filtered, eroded = filtered[0], eroded[0]

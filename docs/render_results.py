@@ -89,18 +89,18 @@ def detection_tables(results: list[dict[str, Any]]) -> str:
         _check_comparable(runs)
         facts = runs[0]["set"]
         kinds = sorted(runs[0]["groups"])
-        head = ["", "AP volume mean", "AP pooled", "AUROC pooled"]
-        head += ["Dice healthy threshold", "Dice validated", "Dice ceiling (labels)"]
+        keys = _led_by(facts.get("headline") or (), _FIGURES)
+        head = ["", *(_FIGURES[key] for key in keys)]
         head += [f"AP {kind}" for kind in kinds]
         head += ["seeds beating the best baseline", "trained"]
         rows = [
-            _detection_row(name, members, kinds)
+            _detection_row(name, members, keys, kinds)
             for name, members in _grouped(runs, lambda run: run["run"]["name"]).items()
         ]
         own = runs[0]["run"]["name"]  # by name: the keys of the files are sorted
         for baseline in runs[0]["scorers"]:
             if baseline != own:
-                rows.append(_baseline_row(baseline, runs[0], kinds))
+                rows.append(_baseline_row(baseline, runs[0], keys, kinds))
         caption = (
             f"**{modality.upper()}**, {facts['num_annotated_abnormal']} lesion and "
             f"{facts['num_healthy']} healthy test volumes ({facts['data_kind']}), "
@@ -158,32 +158,43 @@ def _slices(states: list[dict[str, Any]]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _detection_row(name: str, runs: list[dict[str, Any]], kinds: list[str]) -> list:
+def _detection_row(
+    name: str, runs: list[dict[str, Any]], keys: list[str], kinds: list[str]
+) -> list:
     scores = [run["scorers"][run["run"]["name"]] for run in runs]
     groups = [run["groups"] for run in runs]
     cells = [name]
-    cells += [_spread([score.get(key) for score in scores]) for key in _KEYS]
+    cells += [_spread([score.get(key) for score in scores]) for key in keys]
     for kind in kinds:
         values = [group[kind][name]["ap_volume_mean"] for group in groups]
         cells.append(_spread(values))
     return [*cells, _wins(runs), _state(runs)]
 
 
-def _baseline_row(name: str, run: dict[str, Any], kinds: list[str]) -> list[str]:
+def _baseline_row(
+    name: str, run: dict[str, Any], keys: list[str], kinds: list[str]
+) -> list[str]:
     score = run["scorers"][name]
-    cells = [name, *(_number(score.get(key)) for key in _KEYS)]
+    cells = [name, *(_number(score.get(key)) for key in keys)]
     cells += [_number(run["groups"][kind][name]["ap_volume_mean"]) for kind in kinds]
     return [*cells, "", ""]
 
 
-_KEYS = (
-    "ap_volume_mean",
-    "ap_pooled",
-    "auroc_pooled",
-    "dice_healthy_fpr_volume_mean",
-    "dice_validated_volume_mean",
-    "dice_ceiling_pooled",
-)
+_FIGURES = {
+    "ap_volume_mean": "AP volume mean",
+    "ap_pooled": "AP pooled",
+    "auroc_pooled": "AUROC pooled",
+    "dice_healthy_fpr_volume_mean": "Dice healthy threshold",
+    "dice_validated_volume_mean": "Dice validated",
+    "dice_ceiling_pooled": "Dice ceiling (labels)",
+}
+
+
+def _led_by(headline: Any, keys: Any) -> list[str]:
+    """The keys, those first that the results' protocol puts first."""
+    return [*(key for key in headline if key in keys)] + [
+        key for key in keys if key not in headline
+    ]
 
 
 def case_table(results: list[dict[str, Any]]) -> str:
@@ -191,6 +202,7 @@ def case_table(results: list[dict[str, Any]]) -> str:
     parts = []
     for subject in sorted({name for run in results for name in run["cases"]}):
         runs = [run for run in results if subject in run["cases"]]
+        _check_comparable(runs)
         facts = runs[0]["set"]
         head = ["", "AP", "AUROC", "Dice healthy threshold", "Dice ceiling (labels)"]
         head += ["lesions found", "trained"]
@@ -244,6 +256,7 @@ def pair_table(name: str) -> str:
 
 def sham_table(results: list[dict[str, Any]]) -> str:
     """Mean score inside the mask, implants against their shams."""
+    _check_comparable(results)
     head = ["", "pairs", "implant", "sham", "difference", "95 % interval"]
     rows = []
     for name, runs in _grouped(results, lambda run: run["run"]["name"]).items():

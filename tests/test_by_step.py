@@ -284,3 +284,16 @@ def test_no_checkpoint_in_the_range_is_an_error(trained: Trained, mesh1: Mesh) -
     config, workdir = trained
     with pytest.raises(ValueError, match=r"within --steps=50:; there are \[1, 2"):
         by_step.evaluate_steps(config, workdir, steps="50:", mesh=mesh1)
+
+
+def test_figures_of_two_protocols_are_two_tables() -> None:
+    row = {"step": 5, "validation_loss": 0.5, "ap_pooled": 0.25, "ap_volume_mean": 0.75}
+    first = {**row, "set": "test", "protocol": "behrendt"}
+    second = {**row, "set": "test_baur", "protocol": "baur", "ap_pooled": 0.125}
+    one, other = by_step.render([first, second, {**first, "step": 6}]).split("\n\n")
+    assert one.splitlines()[0] == "Protocol behrendt"
+    assert len(one.splitlines()) == 5
+    assert "0.125" not in one
+    assert other.splitlines()[0] == "Protocol baur"
+    assert "0.125" in other
+    assert by_step.render([first]).startswith("set")

@@ -148,10 +148,17 @@ def test_commands_work_from_training_to_maps_of_new_scans(
     stored = json.loads((run / "config.json").read_text())
     del stored["train"]["selection"]
     (run / "config.json").write_text(json.dumps(stored))
-    said = _run(tmp_path, "evaluate", "--workdir=runs/ours", "--steps=all")
+    said = _run(
+        tmp_path,
+        "evaluate",
+        "--workdir=runs/ours",
+        "--steps=all",
+        "--protocol=baur",
+    )
     with (run / "results" / "by_step.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["step"] for row in rows} == {"2", "4"}
+    assert {(row["set"], row["protocol"]) for row in rows} == {("test_baur", "baur")}
     assert "by_step.csv" in said
 
     said = _run(
@@ -160,6 +167,7 @@ def test_commands_work_from_training_to_maps_of_new_scans(
         "--maps=runs/ours/maps/test",
         f"--store={store}",
         "--workdir=runs/maps",
+        "--protocol=behrendt",
     )
     assert "Maps made by another tool" in said
     theirs = json.loads((tmp_path / "runs/maps/results/test.json").read_text())

@@ -1,5 +1,6 @@
 """A comparison of runs: its table, its files and its words."""
 
+import copy
 import csv
 import json
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 
 from tests import stores
 from tests.fake_runs import fake_run
-from uad_jax import compare, entries
+from uad_jax import compare, compare_table, entries
 
 AP = {"test-1": 0.40, "test-3": 0.50, "test-5": 0.30, "test-7": 0.70, "test-9": 0.20}
 BETTER = {"test-1": 0.55, "test-3": 0.58, "test-5": 0.33, "test-7": 0.8, "test-9": 0.31}
@@ -226,6 +227,26 @@ def test_the_terminal_shows_table_groups_and_notes(
     )
     assert "Note: Slices seen differ" in text
     assert "Ceiling" not in text
+
+
+def test_the_figures_of_the_protocol_lead_with_the_ceiling_called_one(
+    compared: tuple[dict[str, Any], pathlib.Path],
+) -> None:
+    result = copy.deepcopy(compared[0])
+    result["set"]["headline"] = ["ap_pooled", "dice_ceiling_pooled"]
+    assert "Dice pooled (ceiling)" in compare.render(result)
+    lines = compare_table.rows(result)
+    leading = compare_table.figures_table(lines, result["set"]["headline"])
+    usual = compare_table.figures_table(lines)
+    detection = dict(usual.groups)[compare_table.DETECTION]
+    assert leading.groups[1:3] == (
+        (compare_table.DETECTION, detection),
+        (compare_table.CEILING, 1),
+    )
+    assert leading.groups != usual.groups
+    assert leading.head[1][0] == "AP pooled"
+    assert leading.head[detection + 1][0] == "Dice pooled"
+    assert sorted(leading.head) == sorted(usual.head)
 
 
 def test_nothing_is_written_when_the_runs_do_not_fit(tmp_path: pathlib.Path) -> None:

@@ -128,7 +128,9 @@ def test_every_map_says_in_its_header_that_it_is_for_research_only(
     assert len(paths) == 2 * 3 + 2  # two of each test scan, one of each validation scan
     for path in paths:
         said = nibabel.load(path).header["descrip"].item().decode()
-        assert said == prediction._IN_HEADER, path.name
+        processed = "desc-anomaly" in path.name
+        protocol = "; protocol behrendt" if processed else ""
+        assert said == prediction._IN_HEADER + protocol, path.name
 
 
 def test_report_is_one_file_that_loads_nothing(

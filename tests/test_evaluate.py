@@ -19,7 +19,7 @@ from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import builder
 from uad_jax.methods import autoencoder
 from uad_jax.metrics import calibration
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.types import Scores, Volumes
 
 TRAINED = ("t1", "t2")
@@ -124,6 +124,24 @@ def test_a_store_by_itself_is_a_set_named_after_its_folder() -> None:
         "other_brats21": EvaluationSet(store="other/brats21", protocol=none),
     }
     assert set(evaluation.sets_of_stores(config, ["stores/own"])) == {"stores_own"}
+
+
+def test_sets_of_another_protocol_get_names_of_their_own() -> None:
+    config = smoke.get_config()
+    baur = Protocol.BAUR
+    assert evaluation.sets_with(config, baur) == {
+        "test_baur": EvaluationSet(protocol=baur)
+    }
+    assert evaluation.sets_with(config, Protocol.BEHRENDT) == {"test": EvaluationSet()}
+    config.evaluation.sets = {
+        "own": EvaluationSet(split="val"),
+        "other": EvaluationSet(store="s", protocol=baur),
+    }
+    assert evaluation.sets_with(config, baur) == {
+        "own_baur": EvaluationSet(split="val", protocol=baur),
+        "other": EvaluationSet(store="s", protocol=baur),
+    }
+    assert config.evaluation.sets["own"].protocol is Protocol.BEHRENDT
 
 
 def test_a_run_called_like_a_baseline_is_refused(

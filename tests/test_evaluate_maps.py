@@ -1,5 +1,6 @@
 """Maps made elsewhere are evaluated exactly like a method of our own."""
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -25,7 +26,7 @@ from uad_jax.config import (
 )
 from uad_jax.data import builder
 from uad_jax.data.sources import LESION_BIT, Store
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 
 SPLITS = {"train": 3, "val": 4, "test": 6}
 SETTINGS = EvaluationConfig(bootstrap_samples=50)
@@ -86,6 +87,51 @@ def test_own_exported_maps_give_identical_metrics(
         for name in row.keys() - set(without):
             assert row[name] == other[name], (row["subject"], name)
     assert (tmp_path / "report.html").stat().st_size > 0
+
+
+def test_maps_under_baur_are_positive_and_are_scored_alike_again(
+    own: tuple[ExperimentConfig, pathlib.Path, dict[str, Any]],
+    tmp_path: pathlib.Path,
+    mesh8: jax.sharding.Mesh,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, run, behrendt = own
+    config = copy.deepcopy(config)
+    config.evaluation.sets = evaluation.sets_with(config, Protocol.BAUR)
+    before = (run / "results" / "test.json").read_bytes()
+    (results,) = evaluate.evaluate(config, run, mesh=mesh8, progress=False).items()
+    name, expected = results
+    assert name == "test_baur"
+    assert (run / "results" / "test.json").read_bytes() == before
+    assert (run / "calibration" / str(expected["run"]["step"]) / "baur.json").is_file()
+    facts = expected["set"]
+    assert facts["protocol"] == "baur"
+    assert facts["steps"].startswith("only what is brighter than the reconstruction")
+    assert "eroded by 3 pixels" in facts["steps"]  # 12 of 128, at 32
+    assert facts["protocol_note"] == ""
+    assert facts["fingerprint"] != behrendt["set"]["fingerprint"]
+    for figure in ("ap_volume_mean", "ap_pooled"):
+        assert (
+            expected["scorers"]["smoke"][figure] != behrendt["scorers"]["smoke"][figure]
+        )
+    caplog.clear()
+    found = evaluate_maps.evaluate_maps(
+        run / "maps" / name,
+        pathlib.Path(config.data.store),
+        tmp_path,
+        name="smoke",
+        set_name=name,
+        evaluation_set=EvaluationSet(protocol=Protocol.BAUR),
+        mesh=mesh8,
+        settings=SETTINGS,
+        progress=False,
+    )[name]
+    for key in ("scorers", "unprocessed", "cases", "comparison", "operating"):
+        assert json.dumps(found[key]) == json.dumps(expected[key]), key
+    assert "smoke gives no reconstruction" in found["set"]["protocol_note"]
+    assert "smoke gives no reconstruction" in caplog.text
+    header = nib.load(sorted((run / "maps" / name).glob("*desc-anomaly_map*"))[0])
+    assert b"protocol baur" in bytes(header.header["descrip"])
 
 
 def test_maps_of_test_scans_alone_give_the_ceiling_and_no_threshold(

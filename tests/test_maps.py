@@ -16,7 +16,7 @@ from uad_jax import mesh as mesh_lib
 from uad_jax.data import builder, examine, geometry, nifti, pipeline
 from uad_jax.data.sources import Store, VolumeInfo
 from uad_jax.methods import lifting
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.types import Geometry, Scores, Volumes
 
 # Scans of 1 mm, stored right to left and front to back, off the origin.

@@ -12,7 +12,7 @@ from tests.test_scoring import GRID, _info
 from uad_jax import measuring
 from uad_jax.measuring import Scale, Wanted
 from uad_jax.metrics import baselines, postprocess, voxel
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.scoring import Stage, VolumeArrays
 
 ALL = Wanted(voxels=True, lesions=True)

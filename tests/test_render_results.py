@@ -112,6 +112,36 @@ def test_results_that_do_not_compare_are_refused(
         render.detection_tables(runs)
 
 
+def test_cases_and_shams_of_two_protocols_are_refused(
+    render: types.ModuleType,
+) -> None:
+    runs = [_run(0), _run(1, protocol="baur")]
+    sham = {"num_pairs": 1, "interval": None}
+    sham |= dict.fromkeys(("implant_mean", "sham_mean", "implant_minus_sham"), 0.5)
+    for run in runs:
+        run["cases"], run["sham"] = {"a": {"vae": 0.5}}, {"vae": sham}
+    for table in (render.case_table, render.sham_table):
+        table(runs[:1])
+        with pytest.raises(ValueError, match="protocol is baur and behrendt"):
+            table(runs)
+
+
+def test_the_figures_of_the_protocol_lead(render: types.ModuleType) -> None:
+    leading = ["ap_pooled", "dice_ceiling_pooled"]
+    runs = [_run(0, protocol="baur", headline=leading)]
+    table = render.detection_tables(runs)
+    assert "protocol `baur`" in table
+    head, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:6]]
+        for line in table.splitlines()[2:]
+    )
+    first, *others = ("AP pooled", "Dice ceiling (labels)", "AP volume mean")
+    assert head == ["", first, *others, "AUROC pooled"]
+    assert [row[0] for row in rows] == ["vae", "atlas-z", "raw"]
+    for row in rows:
+        assert row[1:3] == ["0.200", "0.400"]
+
+
 def test_validation_and_test_scans_have_rows_of_their_own(
     render: types.ModuleType,
 ) -> None:

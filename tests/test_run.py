@@ -38,6 +38,10 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["train", VAE, "--config.data.stroe=x"], "mean 'config.data.store'?"),
         (["train", VAE, "--workdir=x"], "give --config.data.store=DIR"),
+        (
+            ["evaluate", "--protocol=bauer"],
+            "one of <behrendt|baur|kascenas|thresh|none>",
+        ),
         (["evaluate", "--workdir=no/run"], "no/run is not the directory of a run"),
     ],
 )

@@ -1,5 +1,7 @@
 """Scoring: which voxels count, what is kept, and what padding changes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from uad_jax import mesh as mesh_lib
 from uad_jax import scoring
 from uad_jax.data import sources
 from uad_jax.methods import base, lifting
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.scoring import Stage
 from uad_jax.types import Labels, ModelState, Scores, Volumes
 
@@ -135,6 +137,55 @@ def test_reconstruction_errors_equal_a_loop_over_slices(
             arrays.image[with_brain], (arrays.image + moved)[with_brain], data_range=1
         )
         assert arrays.errors["psnr"] == pytest.approx(expected, abs=1e-3)
+
+
+def _darker_and_brighter(mesh: jax.sharding.Mesh) -> scoring.Scorer:
+    """Reconstructs every volume shifted by noise; its map is the absolute error."""
+    noise = fresh.rng().normal(0, 0.1, (2, *GRID)).astype(np.float32)
+
+    def score(model: ModelState, volumes: Volumes, key: jax.Array) -> Scores:
+        error = jax.numpy.abs(noise[..., 0])
+        scores = lifting.summarise(error, None, volumes)
+        return dataclasses.replace(scores, reconstruction=volumes.image + noise)
+
+    method = base.Method(
+        inputs=base.Inputs(), init=None, update=None, validate=None, score=score
+    )
+    model = ModelState(params={}, collections={})
+    compiled = scoring.program("noise", method, mesh)
+    key = jax.random.key(0)
+    return scoring.method_scorer("noise", method, compiled, model, key, Protocol.BAUR)
+
+
+def test_baur_keeps_what_is_brighter_than_the_reconstruction_in_both_tables(
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    volumes, labels = _batch(mesh1)
+    scorer = _darker_and_brighter(mesh1)
+    plain = scorer._replace(protocol=Protocol.BEHRENDT)
+    for kept, all_ in zip(
+        scoring.score_volumes(scorer, volumes, labels, 2, tuple(Stage)),
+        scoring.score_volumes(plain, volumes, labels, 2, tuple(Stage)),
+        strict=True,
+    ):
+        brain, error = kept.brain, kept.image[..., 0] - kept.reconstruction[..., 0]
+        expected = np.where(error > 0, all_.scores, 0)
+        np.testing.assert_array_equal(kept.scores, expected)
+        unprocessed, _ = kept.maps[Stage.UNPROCESSED]
+        np.testing.assert_array_equal(unprocessed[brain], expected[brain])
+        assert (error[brain] < 0).any()
+        assert kept.volume_score == all_.volume_score  # the method's own
+        assert kept.eroded.sum() < all_.eroded.sum()
+
+
+def test_a_map_without_reconstruction_is_what_it_was_under_baur(
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    volumes, labels = _batch(mesh1)
+    scorer = _identity()._replace(protocol=Protocol.BAUR)
+    for arrays in scoring.score_volumes(scorer, volumes, labels, 2):
+        image = arrays.image[..., 0]
+        np.testing.assert_array_equal(arrays.scores[arrays.brain], image[arrays.brain])
 
 
 def test_a_pretraining_stage_is_refused_with_the_remedy(

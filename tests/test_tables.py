@@ -1,5 +1,6 @@
 import math
 import pathlib
+import re
 
 from tests import reports
 from uad_jax import report, tables
@@ -16,6 +17,38 @@ def test_detection_shows_every_figure_with_its_interval_model_first(
     for name, *cells in rows:
         metrics = results["scorers"][name]
         assert cells == [reports.cell(metrics, key) for key, _, _ in tables.COLUMNS]
+
+
+def test_the_figures_of_the_protocol_lead_and_the_others_follow(
+    tmp_path: pathlib.Path,
+) -> None:
+    results = reports.complete()
+    results["set"] |= {
+        "headline": ["ap_pooled", "dice_ceiling_pooled"],
+        "protocol": "baur",
+        "steps": "brain eroded by 9 pixels (18 mm)",
+        "protocol_note": "no reconstruction",
+    }
+    _, page = reports.written(tmp_path, results)
+    head, *rows = page.tables[report._caption(results)]
+    keys = ["ap_pooled", "dice_ceiling_pooled"]
+    keys += [key for key, _, _ in tables.COLUMNS if key not in keys]
+    named = {key: heading for key, heading, _ in tables.COLUMNS}
+    assert head[1:] == [named[key] for key in keys]
+    for name, *cells in rows:
+        assert cells == [reports.cell(results["scorers"][name], key) for key in keys]
+    facts = report._facts(results)
+    assert (
+        "Post-processing",
+        "protocol baur: brain eroded by 9 pixels (18 mm)",
+    ) in facts
+    assert ("Protocol", "no reconstruction") in facts
+    first, *_ = report.summary(results).splitlines()
+    assert re.split(r"  +", first.strip())[:3] == [
+        "AP pooled",
+        "Dice ceiling, pooled",
+        "AP volume mean",
+    ]
 
 
 def test_unprocessed_figures_stand_in_a_table_of_their_own(

@@ -8,7 +8,8 @@ from uad_jax import cost as cost_lib
 from uad_jax import mesh as mesh_lib
 from uad_jax.bench_setting import Row, Setting
 from uad_jax.metrics import postprocess, voxel
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
+from uad_jax.ops import intensity
 from uad_jax.types import Array
 
 
@@ -111,10 +112,11 @@ def _measured_evaluation(
     volumes = scoring.volumes
     mask, valid = volumes.mask[..., 0], volumes.valid
     protocol = Protocol.NONE if scoring.method.filters_inside else setting.protocol
+    image = intensity.decode(volumes.image[..., 0])
     _, brain, lesion = stand_ins.volume(setting.shape)
 
     def filtered() -> tuple[np.ndarray, np.ndarray]:
-        on_device = postprocess.postprocess(anomaly_map, mask, valid, protocol)
+        on_device = postprocess.postprocess(anomaly_map, mask, valid, protocol, image)
         return jax.device_get(on_device)
 
     maps, eroded = filtered()

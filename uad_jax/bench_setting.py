@@ -16,7 +16,7 @@ from uad_jax import flops, stand_ins
 from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import pipeline, sources
 from uad_jax.methods.base import Method, RunShape
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.types import Batch
 
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"

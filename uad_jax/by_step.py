@@ -155,7 +155,18 @@ def _trains(workdir: pathlib.Path) -> bool:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The main columns for the terminal."""
+    """The main columns for the terminal, a table per protocol."""
+    protocols = list(dict.fromkeys(row.get("protocol", "") for row in rows))
+    if len(protocols) < 2:
+        return _table(rows)
+    parts = []
+    for protocol in protocols:
+        same = [row for row in rows if row.get("protocol", "") == protocol]
+        parts.append(f"Protocol {protocol or 'not stated'}\n{_table(same)}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Row]) -> str:
     columns = ("set", "step", "validation_loss", "ap_pooled", "ap_volume_mean")
     cells = [
         [
@@ -298,6 +309,7 @@ def _row(context: Context, results: Mapping[str, Any]) -> Row:
     return {
         "set": context.name,
         "step": context.step,
+        "protocol": context.evaluation_set.protocol.value,
         "slices_seen": training.get("slices_seen", ""),
         "train_seconds": training.get("train_seconds", ""),
         "validation_loss": losses[-1] if losses else "",

@@ -95,10 +95,11 @@ def compare(
 def render(result: Mapping[str, Any]) -> str:
     """A comparison for the terminal: main columns, tests, notes."""
     lines = compare_table.rows(result)
+    leading = result["set"].get("headline") or ()
     columns = [
         column
-        for column in compare_table.used(lines)
-        if column.key in compare_table.TERMINAL
+        for column in compare_table.used(lines, leading)
+        if column.key in (*compare_table.TERMINAL, *leading)
     ]
     cells = [
         [
@@ -114,7 +115,7 @@ def render(result: Mapping[str, Any]) -> str:
     parts = [
         f"Set {facts['name']}: {facts['num_volumes']} volumes "
         f"({facts['num_abnormal']} abnormal), protocol {facts['protocol']}",
-        report.text_table(["", *(column.heading for column in columns)], cells),
+        report.text_table(["", *map(compare_table.heading, columns)], cells),
     ]
     tests = _tested(result["group_pairs"] or result["pairs"])
     if len(tests) > _MOST_TESTS:
@@ -311,7 +312,7 @@ def _write_page(
         num_runs=len(runs),
         rows=_set_rows(result["set"]),
         notes=result["notes"],
-        figures=compare_table.figures_table(lines),
+        figures=compare_table.figures_table(lines, result["set"].get("headline") or ()),
         tests=_tests_tables(result["pairs"]),
         group_tests=_tests_tables(result["group_pairs"]),
         cases=[
@@ -362,6 +363,6 @@ def _set_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{facts['num_healthy']} healthy",
         ),
         ("Data", str(facts["data_kind"])),
-        ("Protocol", str(facts["protocol"])),
+        ("Protocol", ": ".join(filter(None, (facts["protocol"], facts.get("steps"))))),
         ("Fingerprint", f"{facts['fingerprint'][:16]}, the same for every row"),
     ]

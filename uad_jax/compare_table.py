@@ -160,11 +160,24 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
     return found
 
 
-def used(lines: Sequence[Row]) -> list[Figure]:
-    """The columns that at least one row fills, and that repeat no other."""
+def used(lines: Sequence[Row], headline: Sequence[str] = ()) -> list[Figure]:
+    """The columns that at least one row fills, and that repeat no other.
+
+    Args:
+      lines: The rows.
+      headline: Keys of the figures that the protocol puts first, each with the group
+        that it stands in.
+    """
+    ranks = {column.key: column.group for column in COLUMNS}
+    groups = [ranks[key] for key in headline if key in ranks]
+    by_key = tables.led_by(headline, COLUMNS, lambda column: column.key)
     return [
         column
-        for column in COLUMNS
+        for column in tables.led_by(
+            list(dict.fromkeys([*groups, *ranks.values()])),
+            by_key,
+            lambda column: column.group,
+        )
         if any(math.isfinite(value(row, column)) for row in lines)
         and not (column.group == OTHER and _is_operating(column, lines))
     ]
@@ -187,9 +200,9 @@ def cell(row: Row, column: Figure) -> str:
     return f"{first}\n± {tables.number(spread, column.digits)}{newline}{interval}"
 
 
-def figures_table(lines: Sequence[Row]) -> Table:
-    """All figures of all rows."""
-    columns = used(lines)
+def figures_table(lines: Sequence[Row], headline: Sequence[str] = ()) -> Table:
+    """All figures of all rows; arguments as in `used`."""
+    columns = used(lines, headline)
     groups = [column.group for column in columns]
     return Table(
         "",
@@ -201,6 +214,12 @@ def figures_table(lines: Sequence[Row]) -> Table:
             *((group, groups.count(group)) for group in dict.fromkeys(groups)),
         ),
     )
+
+
+def heading(column: Figure) -> str:
+    """The heading of a column on the terminal, which has no line of groups."""
+    ceiling = " (ceiling)" if column.group == CEILING else ""
+    return f"{column.heading}{ceiling}"
 
 
 def short_title(row: Row) -> str:

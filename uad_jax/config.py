@@ -10,7 +10,7 @@ from absl import logging
 
 from uad_jax.data.config import DataConfig
 from uad_jax.methods.base import MethodConfig
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 
 
 @dataclasses.dataclass

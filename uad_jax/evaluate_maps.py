@@ -22,6 +22,7 @@ def evaluate_maps(
     *,
     name: str = "",
     modality: str = "",
+    set_name: str = evaluation.DEFAULT_SET,
     evaluation_set: EvaluationSet | None = None,
     settings: EvaluationConfig | None = None,
     reading: Reading | None = None,
@@ -39,6 +40,7 @@ def evaluate_maps(
       workdir: Gets what `evaluate.evaluate` writes.
       name: For tables; "" = that of the folder.
       modality: Of the intensity baselines; "" = the store's first.
+      set_name: What the results are called.
       evaluation_set: Split, protocol and rule; the store is the above.
       settings: Rates and resamplings.
       reading: How the maps are read.
@@ -62,7 +64,7 @@ def evaluate_maps(
     chosen = evaluation_set or EvaluationSet()
     context = evaluation.Context(
         scorer=name or folder.resolve().name,
-        name=evaluation.DEFAULT_SET,
+        name=set_name,
         evaluation_set=dataclasses.replace(chosen, store=""),
         settings=settings or EvaluationConfig(),
         data=DataConfig(store=str(store), modalities=modality or opened.modalities[0]),

@@ -23,6 +23,7 @@ from uad_jax.data.config import DataConfig
 from uad_jax.data.sources import Store, VolumeInfo
 from uad_jax.measuring import Scale, VolumeResult, Wanted
 from uad_jax.metrics import calibration
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.scoring import Scorer, Stage, VolumeArrays
 
 DEFAULT_SET = "test"  # its report is report.html, that of others report_<set>.html
@@ -116,6 +117,21 @@ def sets_of_stores(
         if name in taken and taken[name].store != store:
             name = f"{path.parent.name}_{name}"
         found[name] = dataclasses.replace(first, store=store, split="test")
+    return found
+
+
+def sets_with(config: ExperimentConfig, protocol: Protocol) -> dict[str, EvaluationSet]:
+    """The sets under one protocol.
+
+    A set of another protocol gets the name of this one after its own ("test_baur"):
+    its results stand beside those of the configured protocol and replace nothing.
+    """
+    found: dict[str, EvaluationSet] = {}
+    for name, chosen in sets(config).items():
+        if chosen.protocol is not protocol:
+            name = f"{name}_{protocol.value}"
+        if name not in found or chosen.protocol is protocol:
+            found[name] = dataclasses.replace(chosen, protocol=protocol)
     return found
 
 

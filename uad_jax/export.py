@@ -13,14 +13,15 @@ from uad_jax.types import Geometry
 def write(context: Context, info: VolumeInfo, arrays: VolumeArrays) -> None:
     """Writes the maps of one volume into `maps/<set>/`.
 
-    `<subject>_desc-anomaly_map.nii.gz` is post-processed and on the grid of the scan;
-    what `write_scores` writes lies beside it.
+    `<subject>_desc-anomaly_map.nii.gz` is post-processed and on the grid of the scan,
+    its header names the protocol; what `write_scores` writes lies beside it.
     """
     folder = context.workdir / "maps" / context.name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{info.subject}_desc-anomaly_map.nii.gz"
     shown_map = on_scan(arrays, info.geometry)
-    nifti.write_map(path, shown_map, info.geometry, description=maps.NOTICE)
+    said = f"{maps.NOTICE}; protocol {context.evaluation_set.protocol.value}"
+    nifti.write_map(path, shown_map, info.geometry, description=said)
     write_scores(context, info, arrays)
 
 

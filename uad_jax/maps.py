@@ -19,7 +19,7 @@ from uad_jax.data import alignment, examine, geometry, manifest, nifti
 from uad_jax.data.alignment import Voxels
 from uad_jax.data.sources import Store, VolumeInfo
 from uad_jax.methods import lifting
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.scoring import Scorer
 from uad_jax.types import Array, Geometry, Scores, Volumes
 

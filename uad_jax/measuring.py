@@ -14,7 +14,7 @@ from uad_jax.data import geometry
 from uad_jax.data.sources import VolumeInfo
 from uad_jax.metrics import accumulators, lesionwise, postprocess, voxel
 from uad_jax.metrics.lesionwise import LesionCounts
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.scoring import Stage, VolumeArrays
 
 ABNORMAL, SHAM = "abnormal", "sham"

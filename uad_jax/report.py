@@ -47,6 +47,8 @@ def summary(
     scorers = _model_first(results)["scorers"]
     rule = (results.get("operating") or {}).get("rule") or "healthy_fpr"
     wanted = ["ap_pooled", "ap_volume_mean", f"dice_{rule}_volume_mean"]
+    leading = _headline(results)
+    wanted = tables.led_by(leading, dict.fromkeys([*wanted, *leading]), str)
     if not _has_voxel_figures(results):
         wanted = ["volume_auroc"]
     columns = {key: heading for key, heading, _ in tables.used_columns(scorers)}
@@ -104,7 +106,9 @@ def _content(
     rule = (results.get("operating") or {}).get("rule")
     has_voxels = _has_voxel_figures(results)
     found: dict[str, Table | None] = {
-        "detection": tables.detection(results["scorers"], _caption(results)),
+        "detection": tables.detection(
+            results["scorers"], _caption(results), _headline(results)
+        ),
         "operating": tables.operating_points(results),
         "size": breakdowns.by_lesion_size(results),
         "load": breakdowns.by_load(results),
@@ -116,12 +120,15 @@ def _content(
         "unprocessed": tables.detection(
             results.get("unprocessed") or {},
             "The same scores as they come, each at thresholds of its own.",
+            _headline(results),
         ),
         "reconstruction": breakdowns.reconstruction(results),
         "thresholds": _thresholds(results),
     }
     groups = [
-        tables.detection(scorers, f"{name}, with all healthy volumes.")
+        tables.detection(
+            scorers, f"{name}, with all healthy volumes.", _headline(results)
+        )
         for name, scorers in (results.get("groups") or {}).items()
     ]
     shown = (results["scorers"], results.get("unprocessed") or {})
@@ -193,6 +200,7 @@ def _remarks(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("Missing baselines", "; ".join(f"{n}: {why}" for n, why in missing.items())),
         ("Operating threshold", (results.get("operating") or {}).get("note") or ""),
+        ("Protocol", results["set"].get("protocol_note") or ""),
     ]
     return [(name, text) for name, text in found if text]
 
@@ -229,7 +237,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Data", facts["data_kind"]),
         ("Volumes", _volumes(facts)),
         ("Modalities", ", ".join(facts["modalities"])),
-        ("Post-processing", f"protocol {facts['protocol']}"),
+        ("Post-processing", ": ".join(_post_processing(facts))),
     ]
     if _has_voxel_figures(results) and results.get("pooled"):
         rows.append(("Pooled figures", _POOLED[results["pooled"]]))
@@ -244,6 +252,17 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return rows + _remarks(results)
+
+
+def _headline(results: Mapping[str, Any]) -> Sequence[str]:
+    """Keys of the figures that the protocol puts first; none in older results."""
+    return results["set"].get("headline") or ()
+
+
+def _post_processing(facts: Mapping[str, Any]) -> list[str]:
+    """The protocol and, if the results say them, its steps on this grid."""
+    steps = facts.get("steps")
+    return [f"protocol {facts['protocol']}", *([steps] if steps else [])]
 
 
 def _volumes(facts: Mapping[str, Any]) -> str:

@@ -14,9 +14,11 @@ from uad_jax import config as config_lib
 from uad_jax import environment, evaluation, report, summary, training_state, writer
 from uad_jax import workdir as workdir_lib
 from uad_jax.calibrating import Calibrations
+from uad_jax.data import geometry
 from uad_jax.data.sources import VolumeInfo
 from uad_jax.evaluation import GROUP_BY, Context
 from uad_jax.measuring import VolumeResult
+from uad_jax.metrics import protocols
 from uad_jax.metrics.calibration import Calibration
 from uad_jax.scoring import Stage
 
@@ -138,7 +140,7 @@ def set_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]
     return {
         "name": context.name,
         "split": context.evaluation_set.split,
-        "protocol": context.evaluation_set.protocol.value,
+        **_protocol_facts(context, found),
         "group_by": GROUP_BY,
         "recipe": context.store.recipe.get("name", ""),
         "modalities": context.data.modalities.split(","),
@@ -153,6 +155,29 @@ def set_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]
         "fingerprint": context.fingerprint([result.info for result in found]),
         "voxel_ml": found[0].voxel_ml,
         **_prevalence([result for result in found if result.has_lesion]),
+    }
+
+
+def _protocol_facts(context: Context, found: Sequence[VolumeResult]) -> dict[str, Any]:
+    """The protocol, what it does on this grid, and the figures that lead with it."""
+    protocol = context.evaluation_set.protocol
+    steps = protocols.steps(protocol)
+    where = found[0].info.geometry
+    edges = geometry.spacing(where.native_affine @ where.grid_to_native)
+    _, height, width, _ = context.store.grid
+    note = ""
+    if steps.keep_positive and not found[0].reconstruction:
+        note = (
+            f"{context.scorer} gives no reconstruction, so the protocol "
+            f"{protocol.value} takes its map as it is. It should score only what is "
+            "brighter than expected, as the positive residual does."
+        )
+        logging.warning("Set %s: %s", context.name, note)
+    return {
+        "protocol": protocol.value,
+        "steps": protocols.describe(protocol, height, width, (edges[0], edges[1])),
+        "headline": list(steps.headline),
+        "protocol_note": note,
     }
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from uad_jax import mesh as mesh_lib
 from uad_jax.methods.base import Method
-from uad_jax.metrics import postprocess
-from uad_jax.metrics.postprocess import Protocol
+from uad_jax.metrics import postprocess, protocols
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.ops import filters, intensity
 from uad_jax.types import Key, Labels, ModelState, Scores, Volumes
 
@@ -30,7 +30,9 @@ class Stage(enum.Enum):
     """Which maps are measured; the values name their tables in the results."""
 
     PROCESSED = "scorers"  # by the set's protocol
-    UNPROCESSED = "unprocessed"  # as the method made them, inside the brain mask
+    # As the method made them, inside the brain mask; where the protocol keeps what is
+    # brighter than the reconstruction, that of them.
+    UNPROCESSED = "unprocessed"
 
 
 class Scorer(NamedTuple):
@@ -58,7 +60,7 @@ class VolumeArrays(NamedTuple):
       image: [d, H, W, C], or None where only the maps were asked for.
       brain: [d, H, W] bool.
       lesion: [d, H, W] bool.
-      scores: The map as the method made it, [d, H, W].
+      scores: The unprocessed map, [d, H, W].
       slice_score: [d] float32.
       volume_score: Of the whole volume.
       maps: Stage -> post-processed map, [d, H, W], and its eroded brain, bool.
@@ -165,13 +167,11 @@ def score_volumes(
     Yields:
       The arrays of each volume that is not padding.
     """
-    scores = scorer.score(volumes)
+    scores = _kept(scorer, volumes)
+    mask, image = volumes.mask[..., 0], volumes.image[..., 0]
     filtered = [
         postprocess.postprocess(
-            scores.anomaly_map,
-            volumes.mask[..., 0],
-            volumes.valid,
-            scorer.protocol_of(stage),
+            scores.anomaly_map, mask, volumes.valid, scorer.protocol_of(stage), image
         )
         for stage in stages
     ]
@@ -201,6 +201,22 @@ def score_volumes(
             else reconstructions[row][valid],
             errors={name: float(value[row]) for name, value in errors.items()},
         )
+
+
+def _kept(scorer: Scorer, volumes: Volumes) -> Scores:
+    """Scores volumes; of the map what the protocol keeps by the reconstruction."""
+    scores = scorer.score(volumes)
+    keeps = protocols.steps(scorer.protocol).keep_positive
+    if not keeps or scores.reconstruction is None:
+        return scores
+    kept = postprocess.keep_positive(
+        scores.anomaly_map,
+        volumes.image,
+        scores.reconstruction,
+        volumes.mask[..., 0],
+        volumes.valid,
+    )
+    return dataclasses.replace(scores, anomaly_map=kept)
 
 
 def _errors(volumes: Volumes, scores: Scores) -> dict[str, jax.Array]:

@@ -5,11 +5,12 @@ figure is left out: data without lesion masks have no voxel figures, not empty o
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 Metrics = Mapping[str, Any]
 Scorers = Mapping[str, Metrics]
+Item = TypeVar("Item")
 
 # (key of the metrics dict, heading, what it means)
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -181,17 +182,32 @@ def interval_note(metrics: Metrics, named: Iterable[tuple[str, str]]) -> str:
     return f"{text}: {'; '.join(counts)}." if counts else f"{text}."
 
 
-def used_columns(*tables: Scorers) -> list[tuple[str, str, str]]:
-    """Those of `COLUMNS` that at least one scorer of some table has."""
+def used_columns(
+    *tables: Scorers, headline: Sequence[str] = ()
+) -> list[tuple[str, str, str]]:
+    """Those of `COLUMNS` that at least one scorer of some table has.
+
+    Args:
+      *tables: Scorers and their metrics.
+      headline: Keys of the columns that come first, in this order.
+    """
     return [
         column
-        for column in COLUMNS
+        for column in led_by(headline, COLUMNS, lambda column: column[0])
         if any(
             exists(metrics.get(column[0]))
             for scorers in tables
             for metrics in scorers.values()
         )
     ]
+
+
+def led_by(
+    headline: Sequence[str], items: Iterable[Item], key: Callable[[Item], str]
+) -> list[Item]:
+    """Puts those first whose key is in the headline, in its order; others stay."""
+    order = {name: place for place, name in enumerate(headline)}
+    return sorted(items, key=lambda item: order.get(key(item), len(order)))
 
 
 def table_rows(
@@ -205,9 +221,17 @@ def table_rows(
     ]
 
 
-def detection(scorers: Scorers, caption: str) -> Table | None:
-    """The main figures of every scorer; the first one stands out."""
-    columns = used_columns(scorers)
+def detection(
+    scorers: Scorers, caption: str, headline: Sequence[str] = ()
+) -> Table | None:
+    """The main figures of every scorer; the first one stands out.
+
+    Args:
+      scorers: Scorers and their metrics.
+      caption: Of the table.
+      headline: Keys of the figures that the protocol puts first.
+    """
+    columns = used_columns(scorers, headline=headline)
     if not columns:
         return None
     head = [("", ""), *((heading, meaning) for _, heading, meaning in columns)]

@@ -4,14 +4,15 @@ Each gives what its well-known counterpart in scipy.ndimage or scikit-image give
 so that published post-processing can be followed to the bit.
 """
 
+import itertools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_WINDOW = 5
-_RADIUS = _WINDOW // 2
-_MEDIAN_RANK = _WINDOW**3 // 2
+_RADIUS = 2  # of the 5 voxels of a median
 _SIGN = np.uint32(1 << 31)
 
 
@@ -49,6 +50,22 @@ def reflect_index(size: int, valid: jax.Array | int, radius: int) -> jax.Array:
     return jnp.minimum(position, 2 * length - 1 - position)
 
 
+def mirror_index(size: int, radius: int) -> np.ndarray:
+    """Source index of each position of an axis padded without repeating the edge.
+
+    Args:
+      size: Length of the axis.
+      radius: Entries to add at either end.
+
+    Returns:
+      Indices into the axis, [size + 2 * radius] int32: d c b | a b c d | c b a. An
+      axis of one entry repeats it.
+    """
+    period = max(2 * (size - 1), 1)
+    position = np.arange(-radius, size + radius, dtype=np.int32) % period
+    return np.minimum(position, 2 * (size - 1) - position)
+
+
 def median5(volume: jax.Array, num_valid: jax.Array | None = None) -> jax.Array:
     """Takes the exact 5 x 5 x 5 median.
 
@@ -70,22 +87,72 @@ def median5(volume: jax.Array, num_valid: jax.Array | None = None) -> jax.Array:
     keys = jnp.take(keys, reflect_index(depth, valid, _RADIUS), axis=0)
     keys = jnp.take(keys, reflect_index(height, height, _RADIUS), axis=1)
     keys = jnp.take(keys, reflect_index(width, width, _RADIUS), axis=2)
+    return _window_median(keys, volume.shape)
+
+
+def median5_slices(volume: jax.Array) -> jax.Array:
+    """Takes the exact 5 x 5 median of each axial slice.
+
+    Args:
+      volume: [D, H, W] float32, finite.
+
+    Returns:
+      [D, H, W] float32, equal to `scipy.ndimage.median_filter(volume, size=(1, 5, 5),
+      mode="mirror")`: the border is mirrored and its edge not repeated, as "reflect"
+      has it in PyTorch and NumPy.
+    """
+    _, height, width = volume.shape
+    keys = float_to_key(volume.astype(jnp.float32))
+    keys = jnp.take(keys, mirror_index(height, _RADIUS), axis=1)
+    keys = jnp.take(keys, mirror_index(width, _RADIUS), axis=2)
+    return _window_median(keys, volume.shape)
+
+
+def _window_median(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The median key of each window that fits into padded keys, as floats."""
+    windows = [
+        padded - size + 1 for padded, size in zip(keys.shape, shape, strict=True)
+    ]
+    starts = list(itertools.product(*map(range, windows)))
+    rank = len(starts) // 2
 
     def round_(index: jax.Array, found: jax.Array) -> jax.Array:
-        bit = jnp.uint32(1) << (jnp.uint32(31) - index.astype(jnp.uint32))
-        candidate = found | bit
-        below = jnp.zeros(volume.shape, jnp.int32)
-        for z in range(_WINDOW):
-            for y in range(_WINDOW):
-                for x in range(_WINDOW):
-                    shifted = lax.slice(
-                        keys, (z, y, x), (z + depth, y + height, x + width)
-                    )
-                    below += (shifted < candidate).astype(jnp.int32)
-        return jnp.where(below <= _MEDIAN_RANK, candidate, found)
+        candidate = found | _bit(index)
+        below = jnp.zeros(shape, jnp.int32)
+        for start in starts:
+            stop = [first + size for first, size in zip(start, shape, strict=True)]
+            below += (lax.slice(keys, start, stop) < candidate).astype(jnp.int32)
+        return jnp.where(below <= rank, candidate, found)
 
     # Inside shard_map or vmap the carry must vary as the keys do: derive it from them.
-    start = jnp.zeros_like(lax.slice(keys, (0, 0, 0), volume.shape))
+    start = jnp.zeros_like(lax.slice(keys, (0,) * len(shape), shape))
+    return key_to_float(lax.fori_loop(0, 32, round_, start))
+
+
+def _bit(index: jax.Array) -> jax.Array:
+    """The bits of a key from the highest to the lowest."""
+    return jnp.uint32(1) << (jnp.uint32(31) - index.astype(jnp.uint32))
+
+
+def order_statistic(values: jax.Array, rank: jax.Array, keep: jax.Array) -> jax.Array:
+    """Finds the value that would stand at one place of the sorted values.
+
+    Args:
+      values: Any shape, float32, no NaN.
+      rank: [] int32, zero-based, below the number of kept values.
+      keep: Which values count, bool, of the shape of `values`.
+
+    Returns:
+      [] float32, exact; found bit by bit, without a sort.
+    """
+    keys = jnp.where(keep, float_to_key(values), jnp.uint32(0xFFFFFFFF))
+
+    def round_(index: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | _bit(index)
+        below = jnp.sum(keys < candidate, dtype=jnp.int32)
+        return jnp.where(below <= rank, candidate, found)
+
+    start = jnp.zeros_like(jnp.min(keys))
     return key_to_float(lax.fori_loop(0, 32, round_, start))
 
 
@@ -109,6 +176,28 @@ def erode_slices(mask: jax.Array, iterations: int) -> jax.Array:
         return current & vertical & horizontal
 
     return lax.fori_loop(0, iterations, once, mask)
+
+
+def erode_slices_by_share(mask: jax.Array, radius: int, share: float) -> jax.Array:
+    """Keeps the pixels whose square holds more than a share of the mask.
+
+    Args:
+      mask: [..., H, W] bool.
+      radius: Of the square of 2 * radius + 1 pixels; 0 returns the mask as it is.
+      share: In [0, 1).
+
+    Returns:
+      [..., H, W] bool, pixels of the mask only; what lies outside the picture is
+      background.
+    """
+    if not radius:
+        return mask
+    side = 2 * radius + 1
+    window = (1,) * (mask.ndim - 2) + (side, side)
+    count = lax.reduce_window(
+        mask.astype(jnp.int32), jnp.int32(0), lax.add, window, (1,) * mask.ndim, "SAME"
+    )
+    return mask & (count > math.floor(share * side**2))
 
 
 def gaussian_kernel(sigma: float, truncate: float = 4.0) -> np.ndarray:
