@@ -39,6 +39,7 @@ CONFIGS = {
     "ae": ("autoencoder", "variant=ae,cpu"),
     "ae_spatial": ("autoencoder", "variant=ae_spatial,cpu"),
     "vae": ("autoencoder", "variant=vae,cpu"),
+    "vae_spatial": ("autoencoder", "variant=vae_spatial,cpu"),
     "ddpm": ("ddpm", "cpu"),
     "pddpm": ("pddpm", "cpu"),
     "spark": ("spark", "cpu"),

@@ -13,7 +13,7 @@ from uad_jax.methods import autoencoder
 
 
 def get_config(arg: str = "") -> config_lib.ExperimentConfig:
-    """Builds the experiment; `arg` may be "variant=ae|ae_spatial|vae"."""
+    """Builds the experiment; `arg` may be "variant=ae|ae_spatial|vae|vae_spatial"."""
     given = _parts.parse(arg, keys={"variant": autoencoder.Variant}).values
     return config_lib.ExperimentConfig(
         name="smoke",

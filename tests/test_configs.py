@@ -30,8 +30,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 ARGUMENTS = {
     "autoencoder": [
         ",".join(filter(None, (variant, word)))
-        for variant in ("", "variant=ae", "variant=ae_spatial", "variant=vae")
-        for word in ("", "paper", "cpu")
+        for variant in ("", *(f"variant={one.value}" for one in Variant))
+        for word in ("", "paper", "cpu", "baur2018", "baur2020")
     ],
     "cddpm": ["", "paper", "cpu", "cpu,encoder=runs/spark"],
     "dae": ["", "paper", "cpu"],
@@ -39,7 +39,7 @@ ARGUMENTS = {
     "demo": ["", "quick"],
     "pddpm": ["", "paper", "cpu"],
     "spark": ["", "paper", "cpu"],
-    "smoke": ["", "variant=ae", "variant=ae_spatial", "variant=vae"],
+    "smoke": ["", *(f"variant={variant.value}" for variant in Variant)],
 }
 EXPERIMENTS = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
@@ -83,6 +83,19 @@ def test_paper_settings_are_those_of_the_released_code() -> None:
         assert (method.optimizer.learning_rate, method.optimizer.b1) == (1e-4, 0.5)
         assert (method.norm.value, method.reduction.value) == ("none", "sum")
         assert (method.pixel_loss.value, method.kl_weight) == ("l1", 1.0)
+
+
+def test_the_reconstruction_of_the_first_paper_has_its_map_and_reduction() -> None:
+    config = _config("autoencoder", "variant=vae_spatial,baur2018")
+    method: Any = config.method
+    assert (method.intermediate_resolution, method.latent_channels) == (16, 64)
+    assert method.reduction.value == "mean"
+    assert (method.optimizer.learning_rate, method.optimizer.b1) == (1e-4, 0.5)
+    assert method.residual.value == "positive"
+    later = _config("autoencoder", "baur2020")
+    assert config_lib.to_json(later) == config_lib.to_json(
+        _config("autoencoder", "paper")
+    )
 
 
 def test_published_diffusion_models_keep_their_budget_and_noise() -> None:

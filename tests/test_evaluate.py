@@ -17,9 +17,9 @@ from uad_jax import config as config_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
 from uad_jax.data import builder
-from uad_jax.methods import autoencoder
 from uad_jax.metrics import calibration
 from uad_jax.metrics.protocols import Protocol
+from uad_jax.ops import residuals
 from uad_jax.types import Scores, Volumes
 
 TRAINED = ("t1", "t2")
@@ -316,7 +316,7 @@ def test_another_method_data_or_recipe_names_both_values(
         return str(caught.value)
 
     other = _opened(config)
-    other.method.residual = autoencoder.Residual.POSITIVE
+    other.method.residual = residuals.Residual.POSITIVE
     assert 'method.residual: "abs" -> "positive"' in refused(other)
     other = _opened(config)
     other.data.modalities = "t2,t1"

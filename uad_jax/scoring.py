@@ -92,6 +92,8 @@ class VolumeArrays(NamedTuple):
 def program(name: str, method: Method, mesh: jax.sharding.Mesh) -> Program:
     """Compiles a method's score once for all checkpoints of a run.
 
+    On a CPU a method's `host_score` is taken, where it has one.
+
     Raises:
       PretrainingStage: If the method has no scores.
     """
@@ -100,7 +102,11 @@ def program(name: str, method: Method, mesh: jax.sharding.Mesh) -> Program:
             f"{name} is a pretraining stage and scores nothing. Train the method that "
             "starts from it (warm_start) and evaluate that."
         )
-    return jax.jit(method.score, out_shardings=mesh_lib.batch_sharded(mesh))
+    sharding = mesh_lib.batch_sharded(mesh)
+    driven = method.host_score
+    if driven is not None and jax.default_backend() == "cpu":
+        return lambda *given: jax.device_put(driven(*given), sharding)
+    return jax.jit(method.score, out_shardings=sharding)
 
 
 def method_scorer(

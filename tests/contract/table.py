@@ -10,7 +10,14 @@ import numpy as np
 
 from configs import smoke
 from tests import denoisers
-from uad_jax import denoising_config, optim, types
+from uad_jax import anomaly_score_config, denoising_config, optim, types
+from uad_jax.anomaly_score_config import (
+    Gradient,
+    GradientConfig,
+    RestorationConfig,
+    Score,
+    SliceScore,
+)
 from uad_jax.methods import base, dae
 from uad_jax.methods.autoencoder import Variant
 from uad_jax.ops import losses, noise
@@ -51,7 +58,7 @@ def _autoencoder(variant: Variant) -> Row:
         "optimizer.clip_norm": (100.0, 1.0),
         "dropout": (0.1, 0.3),
     }
-    if variant is Variant.VAE:
+    if variant.variational:
         fields["kl_weight"] = (1.0, 10.0)
     return Row(
         config=smoke.get_config(f"variant={variant.value}").method,
@@ -71,7 +78,15 @@ def _autoencoder(variant: Variant) -> Row:
         },
         reconstruction="reconstruction",
         float_fields=fields,
+        slow=variant is Variant.VAE_SPATIAL,
     )
+
+
+def _scored_by(score: anomaly_score_config.ScoreConfig) -> Row:
+    """A VAE with another score."""
+    row = _autoencoder(Variant.VAE)
+    config: Any = row.config
+    return row._replace(config=dataclasses.replace(config, score=score), slow=True)
 
 
 def _diffusion(
@@ -167,6 +182,27 @@ def _dae() -> Row:
 
 
 TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
+TABLE["vae_restoration"] = _scored_by(
+    anomaly_score_config.ScoreConfig(
+        kind=Score.RESTORATION,
+        slice_score=SliceScore.ELBO,
+        restoration=RestorationConfig(
+            num_steps=3, late_from=1, tv_weights=(0.5, 2.0), sampled=True
+        ),
+    )
+)
+TABLE["vae_gradient"] = _scored_by(
+    anomaly_score_config.ScoreConfig(
+        kind=Score.GRADIENT,
+        slice_score=SliceScore.KL,
+        gradient=GradientConfig(
+            of=Gradient.ELBO, times_residual=True, smoothing=1, samples=2
+        ),
+    )
+)
+TABLE["vae_mc"] = _scored_by(
+    anomaly_score_config.ScoreConfig(kind=Score.MC_VARIANCE, passes=3)
+)
 TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
 TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
 TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)

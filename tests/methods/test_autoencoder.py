@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from configs import smoke
+from uad_jax import config as config_lib
 from uad_jax import types
 from uad_jax.methods import autoencoder, base
-from uad_jax.methods.autoencoder import AutoencoderConfig, Residual, Variant
-from uad_jax.ops import losses
+from uad_jax.methods.autoencoder import AutoencoderConfig, Variant
+from uad_jax.ops import losses, residuals
 from uad_jax.ops.losses import PixelLoss
+from uad_jax.ops.residuals import Residual
 
 CONFIG: AutoencoderConfig = smoke.get_config().method
+RUN = base.RunShape(total_steps=10, steps_per_epoch=5, global_batch=4)
 
 
 def _batch(rows: int = 4, channels: int = 1) -> types.Batch:
@@ -23,6 +26,16 @@ def _batch(rows: int = 4, channels: int = 1) -> types.Batch:
         valid=jnp.ones(rows, bool),
         uid=jnp.arange(rows),
         slice_index=jnp.arange(rows),
+    )
+
+
+def _volumes(batch: types.Batch) -> types.Volumes:
+    """The rows of a batch as the slices of one volume."""
+    return types.Volumes(
+        image=batch.image[None],
+        mask=batch.mask[None],
+        valid=batch.valid[None],
+        uid=jnp.zeros(1, jnp.int32),
     )
 
 
@@ -82,20 +95,22 @@ def test_dropout_is_on_in_training_only(variant: Variant) -> None:
 def test_vae_scores_the_mean_unless_asked_for_a_sample() -> None:
     batch = _batch()
     model = _model(CONFIG, batch)
-    keys = [jax.random.split(jax.random.key(i), 4) for i in (0, 1)]
 
     def reconstruction(config: AutoencoderConfig, which: int) -> jax.Array:
-        return autoencoder.score_slices(
-            config, model, batch.image, batch.mask, keys[which]
-        )[1]
+        method = config.make(RUN)
+        assert method.score is not None
+        scores = jax.jit(method.score)(model, _volumes(batch), keys[which])
+        assert scores.reconstruction is not None
+        return scores.reconstruction[0]
 
+    keys = [jax.random.key(i) for i in (0, 1)]
     np.testing.assert_array_equal(reconstruction(CONFIG, 0), reconstruction(CONFIG, 1))
     sampled = dataclasses.replace(CONFIG, sample_at_test=True)
     assert (reconstruction(sampled, 0) != reconstruction(sampled, 1)).any()
     prior = autoencoder.reconstruct(
         CONFIG, model, batch.image, batch.mask, jax.random.key(0), 1.0
     )
-    np.testing.assert_array_equal(prior, reconstruction(CONFIG, 0))
+    np.testing.assert_allclose(prior, reconstruction(CONFIG, 0), atol=1e-6)
 
 
 def test_sample_has_the_posteriors_mean_and_deviation() -> None:
@@ -115,24 +130,49 @@ def test_sample_has_the_posteriors_mean_and_deviation() -> None:
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_residuals_by_hand() -> None:
+@pytest.mark.parametrize("residual", list(Residual))
+def test_residuals_are_those_of_volumes(residual: Residual) -> None:
     batch = _batch(channels=2)
-    model = _model(CONFIG, batch)
-    keys = jax.random.split(jax.random.key(0), 4)
-    maps = {}
-    for residual in Residual:
-        config = dataclasses.replace(CONFIG, residual=residual)
-        maps[residual], output = autoencoder.score_slices(
-            config, model, batch.image, batch.mask, keys
-        )
-    difference = np.asarray(batch.image - output)
-    assert maps[Residual.ABS].shape == (4, 16, 16)
-    for residual, expected in (
-        (Residual.ABS, np.abs(difference)),
-        (Residual.POSITIVE, np.maximum(difference, 0)),
-        (Residual.SQUARED, difference**2),
-    ):
-        np.testing.assert_allclose(maps[residual], expected.mean(-1), rtol=1e-5)
+    config = dataclasses.replace(CONFIG, residual=residual)
+    score = config.make(RUN).score
+    assert score is not None
+    volumes = _volumes(batch)
+    scores = jax.jit(score)(_model(CONFIG, batch), volumes, jax.random.key(0))
+    output = scores.reconstruction
+    assert output is not None
+    expected = residuals.anomaly_map(residual, volumes.image, output, volumes.valid)
+    assert expected.shape == (1, 4, 16, 16)
+    np.testing.assert_allclose(scores.anomaly_map, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_residuals_of_stored_configs_still_open() -> None:
+    assert [Residual(value) for value in ("abs", "positive", "squared")] == [
+        Residual.ABS,
+        Residual.POSITIVE,
+        Residual.SQUARED,
+    ]
+    config = smoke.get_config()
+    stored = config_lib.to_dict(config)
+    del stored["method"]["score"], stored["method"]["latent_channels"]
+    stored["method"]["residual"] = "positive"
+    config_lib.fill(config, stored)
+    assert config.method == dataclasses.replace(CONFIG, residual=Residual.POSITIVE)
+
+
+def test_the_divergence_of_a_spatial_code_is_summed_over_its_sites() -> None:
+    config = dataclasses.replace(
+        CONFIG, variant=Variant.VAE_SPATIAL, latent_channels=3, kl_weight=2.0
+    )
+    batch = _batch()
+    model = _model(config, batch)
+    _, (mu, log_sigma) = autoencoder.autoencode(config, model.params, batch.image)
+    assert mu.shape == log_sigma.shape == (4, 1, 1, 3)
+    value, scalars = _loss(config, train=False)
+    terms = 0.5 * (mu**2 + jnp.exp(2 * log_sigma) - 2 * log_sigma - 1)
+    np.testing.assert_allclose(scalars["kl"], terms.sum() / 4, rtol=1e-5)
+    np.testing.assert_allclose(
+        value, scalars["reconstruction"] + 2 * scalars["kl"], rtol=1e-6
+    )
 
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_state() -> None:
@@ -166,6 +206,7 @@ def test_image_that_does_not_fit_names_the_allowed_resolutions() -> None:
         {"width": 4},
         {"width": 32, "max_width": 16},
         {"score_chunk": -1},
+        {"latent_channels": -1},
     ],
 )
 def test_impossible_settings_are_named(change: dict[str, float]) -> None:

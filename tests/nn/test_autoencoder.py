@@ -13,10 +13,14 @@ def _shapes(
     heads: int = 1,
     channels: int = 1,
     norm: blocks.Norm = blocks.Norm.NONE,
+    latent_channels: int = 0,
 ) -> tuple[Tree, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     levels = blocks.num_levels(*size, resolution)
-    encoder = autoencoder.Encoder(levels, latent_size, heads, norm=norm)
-    decoder = autoencoder.Decoder(levels, (*size, channels), norm=norm)
+    encoder = autoencoder.Encoder(
+        levels, latent_size, heads, latent_channels, norm=norm
+    )
+    widen = latent_channels > 0
+    decoder = autoencoder.Decoder(levels, (*size, channels), widen=widen, norm=norm)
 
     def init(image: jax.Array) -> tuple:
         codes, first = encoder.init_with_output(jax.random.key(0), image)
@@ -48,6 +52,25 @@ def test_parameter_counts_of_the_published_sizes(
     assert _count((size, size), resolution, 128) == dense
     assert _count((size, size), resolution, 128, heads=2) == vae
     assert _count((size, size), resolution, None) == spatial
+
+
+@pytest.mark.parametrize(
+    ("heads", "latent_channels", "extra"),
+    [
+        (2, 0, 2 * (128 * 128 + 128)),
+        (1, 64, 128 * 64 + 64 + 64 * 128 + 128),
+        (2, 64, 2 * (128 * 64 + 64) + 64 * 128 + 128),
+    ],
+)
+def test_a_spatial_code_costs_its_1x1_convolutions(
+    heads: int, latent_channels: int, extra: int
+) -> None:
+    size = (128, 128)
+    plain = _count(size, 16, None)
+    count = _count(size, 16, None, heads, latent_channels=latent_channels)
+    assert count == plain + extra
+    codes = _shapes(size, 16, None, heads, latent_channels=latent_channels)[1]
+    assert codes.shape == (2, 16, 16, latent_channels or 128)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -1,7 +1,9 @@
-"""Dense and spatial autoencoder and VAE of the comparative study of Baur et al.
+"""Dense and spatial autoencoders and VAEs of Baur et al.
 
-Source: Baur et al. 2021, "Autoencoders for unsupervised anomaly segmentation in brain
-MR images: a comparative study", and the authors' released code.
+Sources: Baur et al. 2021, "Autoencoders for unsupervised anomaly segmentation in brain
+MR images: a comparative study", and the authors' released code; the spatial VAE is of
+Baur et al. 2018, "Deep autoencoding models for unsupervised anomaly segmentation in
+brain MR images", of which no code was released.
 
 Deviations: the VAE scores the decoded mean of the posterior; the released code decodes
 a sample (`sample_at_test=True`). Dropout and noise are keyed by volume and slice.
@@ -16,10 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uad_jax import optim
-from uad_jax.methods import base, lifting
+from uad_jax import anomaly_scores, optim
+from uad_jax.anomaly_score_config import ScoreConfig
+from uad_jax.methods import base
 from uad_jax.nn import autoencoder, blocks
-from uad_jax.ops import losses
+from uad_jax.ops import losses, residuals
+from uad_jax.score_functions import Functions, Terms
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 
@@ -29,14 +33,17 @@ class Variant(enum.Enum):
     AE = "ae"  # dense code
     AE_SPATIAL = "ae_spatial"  # the feature map is the code
     VAE = "vae"  # dense Gaussian code
+    VAE_SPATIAL = "vae_spatial"  # a Gaussian code at every site of the feature map
 
+    @property
+    def spatial(self) -> bool:
+        """Whether the code is a map."""
+        return self in (Variant.AE_SPATIAL, Variant.VAE_SPATIAL)
 
-class Residual(enum.Enum):
-    """How image and reconstruction become an anomaly map."""
-
-    ABS = "abs"
-    POSITIVE = "positive"  # brighter than expected: lesions on FLAIR and T2
-    SQUARED = "squared"
+    @property
+    def variational(self) -> bool:
+        """Whether there is a posterior."""
+        return self in (Variant.VAE, Variant.VAE_SPATIAL)
 
 
 @dataclasses.dataclass
@@ -45,7 +52,9 @@ class AutoencoderConfig:
 
     Attributes:
       variant: Which autoencoder.
-      latent_size: Size of the dense code (not for AE_SPATIAL).
+      latent_size: Size of the dense code (not of the spatial variants).
+      latent_channels: Channels of the spatial code, made and undone by 1x1
+        convolutions; 0 = those of the feature map.
       intermediate_resolution: Side of the code's feature map; the image side must be
         this times a power of 2. 0 = a sixteenth (8 at 128 pixels, 6 at 96).
       width: Channels of the encoder's first and the decoder's last level.
@@ -54,9 +63,10 @@ class AutoencoderConfig:
       dropout: Dropout on the code and in the dense decoder, while training.
       pixel_loss: Distance of the reconstruction.
       reduction: Over pixels (and latents: MEAN divides both terms by the pixels).
-      kl_weight: Weight of the KL divergence (VAE only).
-      residual: Anomaly map, averaged over the channels.
-      sample_at_test: VAE: decode a sample instead of the mean.
+      kl_weight: Weight of the KL divergence (VAEs only), summed over the code.
+      score: What makes the anomaly map.
+      residual: How image and reconstruction become an anomaly map.
+      sample_at_test: VAEs: decode a sample instead of the mean.
       score_chunk: Slices of a volume that are scored at once; 0 = all.
       precision: Type of the computation.
       accumulate_steps: Micro-batches per optimiser step.
@@ -66,6 +76,7 @@ class AutoencoderConfig:
 
     variant: Variant = Variant.VAE
     latent_size: int = 128
+    latent_channels: int = 0
     intermediate_resolution: int = 0
     width: int = 32
     max_width: int = 128
@@ -74,7 +85,8 @@ class AutoencoderConfig:
     pixel_loss: losses.PixelLoss = losses.PixelLoss.L1
     reduction: losses.Reduction = losses.Reduction.SUM
     kl_weight: float = 1.0
-    residual: Residual = Residual.ABS
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    residual: residuals.Residual = residuals.Residual.ABS
     sample_at_test: bool = False
     score_chunk: int = 32
     precision: base.Precision = base.Precision.FLOAT32
@@ -89,7 +101,12 @@ class AutoencoderConfig:
         for name in ("latent_size", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
-        for name in ("intermediate_resolution", "kl_weight", "score_chunk"):
+        for name in (
+            "latent_channels",
+            "intermediate_resolution",
+            "kl_weight",
+            "score_chunk",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
         if not 0 <= self.dropout < 1:
@@ -102,6 +119,11 @@ class AutoencoderConfig:
             )
         if self.width % 8:
             raise ValueError(f"width is {self.width}; use a multiple of 8.")
+        self.score.validate(
+            f"variant={self.variant.value}",
+            posterior=self.variant.variational,
+            dropout=self.dropout > 0,
+        )
         self.optimizer.validate()
 
     def make(self, run: base.RunShape) -> base.Method:
@@ -113,15 +135,23 @@ class AutoencoderConfig:
             ema_decay=self.ema_decay,
             accumulate_steps=self.accumulate_steps,
         )
+        functions = score_functions(self)
         return base.Method(
             inputs=base.Inputs(),
             init=init,
             update=update,
             validate=functools.partial(validation_loss, self),
-            score=lifting.slicewise(
-                functools.partial(score_slices, self), self.score_chunk
+            score=anomaly_scores.scorer(
+                functions,
+                self.score,
+                self.residual,
+                sample=self.sample_at_test,
+                chunk=self.score_chunk,
             ),
             reconstruct=functools.partial(reconstruct, self),
+            host_score=anomaly_scores.host_scorer(
+                functions, self.score, self.residual, chunk=self.score_chunk
+            ),
         )
 
 
@@ -135,7 +165,7 @@ def networks(
     """
     height, width, channels = image_shape[-3:]
     levels = blocks.num_levels(height, width, config.intermediate_resolution)
-    spatial = config.variant is Variant.AE_SPATIAL
+    variant = config.variant
     shared: dict[str, Any] = {
         "num_levels": levels,
         "width": config.width,
@@ -144,11 +174,16 @@ def networks(
         "dtype": jnp.dtype(config.precision.value),
     }
     encoder = autoencoder.Encoder(
-        latent_size=None if spatial else config.latent_size,
-        num_heads=2 if config.variant is Variant.VAE else 1,
+        latent_size=None if variant.spatial else config.latent_size,
+        num_heads=2 if variant.variational else 1,
+        latent_channels=config.latent_channels,
         **shared,
     )
-    decoder = autoencoder.Decoder(image_shape=(height, width, channels), **shared)
+    decoder = autoencoder.Decoder(
+        image_shape=(height, width, channels),
+        widen=variant.spatial and config.latent_channels > 0,
+        **shared,
+    )
     return encoder, decoder
 
 
@@ -175,6 +210,7 @@ def autoencode(
     *,
     keys: Array | None = None,
     train: bool = False,
+    sample: bool = True,
 ) -> tuple[Array, tuple[Array, ...]]:
     """Reconstructs slices.
 
@@ -182,12 +218,13 @@ def autoencode(
       config: The autoencoder.
       params: {"encoder": ..., "decoder": ...}.
       image: [N, H, W, C] float.
-      keys: One key per slice, [N]: the VAE decodes a sample; None: the mean.
+      keys: One key per slice, [N]: a VAE decodes a sample; None: the mean.
       train: Whether dropout is on; needs keys.
+      sample: False: the mean even with keys, which dropout needs.
 
     Returns:
-      The reconstruction [N, H, W, C] float32 and the codes: (code,), or the VAE's
-      (mu, log_sigma), each [N, latent_size] float32.
+      The reconstruction [N, H, W, C] float32 and the codes: (code,), or a VAE's
+      (mu, log_sigma), each [N, latent_size] or [N, h, w, channels] float32.
     """
     encoder, decoder = networks(config, image.shape)
     streams = [None] * 4 if keys is None else list(_streams(keys, 4))
@@ -199,7 +236,7 @@ def autoencode(
         keys=streams[: encoder.num_heads] if train else None,
     )
     code = codes[0]
-    if config.variant is Variant.VAE and keys is not None:
+    if config.variant.variational and keys is not None and sample:
         draw = jax.vmap(lambda key: jax.random.normal(key, code.shape[1:]))
         code = code + jnp.exp(codes[1]) * draw(streams[2])
     reconstruction = _apply(
@@ -221,7 +258,7 @@ def loss(
     *,
     train: bool = True,
 ) -> tuple[Array, tuple[dict[str, Tree], Scalars]]:
-    """Reconstruction error, plus the weighted KL divergence of the VAE.
+    """Reconstruction error, plus the weighted KL divergence of a VAE.
 
     Args:
       config: The autoencoder.
@@ -229,7 +266,7 @@ def loss(
       collections: Empty; handed through.
       batch: Slices, image [B, H, W, C] float32.
       key: Key of the step.
-      train: Whether dropout is on. The VAE samples in either case.
+      train: Whether dropout is on. A VAE samples in either case.
 
     Returns:
       The loss [] and (collections, scalars). Scalars: "reconstruction" and "kl" as
@@ -245,7 +282,7 @@ def loss(
         "l1": losses.mean_over_valid(l1, batch.valid),
     }
     value = scalars["reconstruction"]
-    if config.variant is Variant.VAE:
+    if config.variant.variational:
         kl = losses.kl_normal(codes[0], codes[1])
         if config.reduction is losses.Reduction.MEAN:
             kl = kl / (output.size // output.shape[0])
@@ -257,39 +294,40 @@ def loss(
 def validation_loss(
     config: AutoencoderConfig, model: ModelState, batch: Batch, key: Key
 ) -> Scalars:
-    """The loss without dropout; the VAE's noise follows from the key, uid and slice."""
+    """The loss without dropout; a VAE's noise follows from the key, uid and slice."""
     value, (_, scalars) = loss(
         config, model.params, model.collections, batch, key, train=False
     )
     return {"loss": value, **scalars}
 
 
-def score_slices(
-    config: AutoencoderConfig, model: ModelState, image: Array, mask: Array, keys: Array
-) -> tuple[Array, Array]:
-    """Anomaly maps and reconstructions of slices.
+def score_functions(config: AutoencoderConfig) -> Functions:
+    """What the shared scores need of an autoencoder."""
 
-    Args:
-      config: The autoencoder.
-      model: The model.
-      image: [N, H, W, C] float32.
-      mask: [N, H, W, 1] bool; not used, the evaluator masks.
-      keys: One key per slice, [N].
+    def reconstruct(
+        model: ModelState,
+        image: Array,
+        keys: Array | None,
+        *,
+        sample: bool,
+        dropout: bool,
+    ) -> Array:
+        return autoencode(
+            config, model.params, image, keys=keys, train=dropout, sample=sample
+        )[0]
 
-    Returns:
-      Map [N, H, W] float32, the residual averaged over the channels, and the
-      reconstruction [N, H, W, C] float32.
-    """
-    sampled = keys if config.sample_at_test else None
-    output, _ = autoencode(config, model.params, image, keys=sampled)
-    difference = image.astype(jnp.float32) - output
-    if config.residual is Residual.POSITIVE:
-        difference = jnp.maximum(difference, 0.0)
-    elif config.residual is Residual.SQUARED:
-        difference = jnp.square(difference)
-    else:
-        difference = jnp.abs(difference)
-    return difference.mean(axis=-1), output
+    def terms(
+        model: ModelState, image: Array, keys: Array | None, kind: losses.PixelLoss
+    ) -> Terms:
+        output, codes = autoencode(config, model.params, image, keys=keys)
+        error = losses.pixels(kind, output, image)
+        rows = losses.per_row(error, losses.Reduction.SUM)
+        kl = jnp.zeros_like(rows)
+        if config.variant.variational:
+            kl = losses.kl_normal(codes[0], codes[1])
+        return Terms(output, rows, kl)
+
+    return Functions(reconstruct, terms, config.kl_weight)
 
 
 def reconstruct(

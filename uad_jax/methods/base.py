@@ -70,6 +70,9 @@ class Method(NamedTuple):
       features: (model, volumes) -> features computed once per volume and cached.
       filters_inside: True if `score` already filters its map, so that the
         evaluator must not post-process further.
+      host_score: The same as `score`, but not to be jitted: it drives programs of its
+        own. On a CPU it takes the place of a `score` that loops over convolution
+        gradients, which XLA:CPU runs slowly inside a loop of its own.
     """
 
     inputs: Inputs
@@ -80,6 +83,7 @@ class Method(NamedTuple):
     reconstruct: Callable[..., Array] | None = None
     features: Callable[[ModelState, Volumes], Array] | None = None
     filters_inside: bool = False
+    host_score: Callable[[ModelState, Volumes, Key], Scores] | None = None
 
 
 class MethodConfig(Protocol):

@@ -16,12 +16,14 @@ from uad_jax.nn import blocks
 
 
 class Encoder(nn.Module):
-    """Strided convolutions, then a dense code or none.
+    """Strided convolutions, then a dense code, a spatial one, or none.
 
     Attributes:
       num_levels: Number of halvings.
-      latent_size: Size of a dense code; None = the feature map is the code.
-      num_heads: Dense codes that leave the encoder (2 = mean and log sigma).
+      latent_size: Size of a dense code; None = the code is spatial.
+      latent_channels: Channels of a spatial code; 0 = those of the feature map, which
+        is the code itself if there is one head.
+      num_heads: Codes that leave the encoder (2 = mean and log sigma).
       width: Channels of the first level, doubled per level.
       max_width: Most channels of any level.
       norm: Normalisation after each convolution.
@@ -31,6 +33,7 @@ class Encoder(nn.Module):
     num_levels: int
     latent_size: int | None
     num_heads: int = 1
+    latent_channels: int = 0
     width: int = 32
     max_width: int = 128
     norm: blocks.Norm = blocks.Norm.NONE
@@ -65,15 +68,16 @@ class Encoder(nn.Module):
                 dtype=self.dtype,
             )(x)
             x = blocks.leaky_relu(blocks.normalise(x, self.norm, self.dtype))
-        if self.latent_size is None:
-            codes = [x]
-        else:
+        count = range(self.num_heads)
+        if self.latent_size is not None:
             x = _conv1x1(x.shape[-1] // 8, self.dtype)(x)
             x = x.reshape(x.shape[0], -1)
-            heads = [
-                _dense(self.latent_size, self.dtype) for _ in range(self.num_heads)
-            ]
-            codes = [head(x) for head in heads]
+            codes = [_dense(self.latent_size, self.dtype)(x) for _ in count]
+        elif self.latent_channels or self.num_heads > 1:
+            channels = self.latent_channels or x.shape[-1]
+            codes = [_conv1x1(channels, self.dtype)(x) for _ in count]
+        else:
+            codes = [x]
         if keys is not None:
             codes = [
                 blocks.dropout(c, dropout, k) for c, k in zip(codes, keys, strict=True)
@@ -89,6 +93,7 @@ class Decoder(nn.Module):
       image_shape: (H, W, C) of the image.
       width: Fewest channels of any level.
       max_width: Channels of the first level, halved per level.
+      widen: Whether a 1x1 convolution gives a spatial code the encoder's channels.
       norm: Normalisation before the first and after each transposed convolution.
       dtype: Type of the computation; parameters and image are float32.
     """
@@ -97,6 +102,7 @@ class Decoder(nn.Module):
     image_shape: tuple[int, int, int]
     width: int = 32
     max_width: int = 128
+    widen: bool = False
     norm: blocks.Norm = blocks.Norm.NONE
     dtype: Any = jnp.float32
 
@@ -120,12 +126,13 @@ class Decoder(nn.Module):
         """
         height, width, channels = self.image_shape
         x = code.astype(self.dtype)
+        # The encoder's last width, so that both feature maps are of one shape.
+        features = min(self.max_width, self.width << (self.num_levels - 1))
         if code.ndim == 2:
-            # The encoder's last width, so that both feature maps are of one shape.
-            features = min(self.max_width, self.width << (self.num_levels - 1))
             shape = (height >> self.num_levels, width >> self.num_levels, features // 8)
             x = _dense(shape[0] * shape[1] * shape[2], self.dtype)(x)
             x = blocks.dropout(x, dropout, keys).reshape(-1, *shape)
+        if code.ndim == 2 or self.widen:
             x = _conv1x1(features, self.dtype)(x)
         x = nn.relu(blocks.normalise(x, self.norm, self.dtype))
         for level in range(self.num_levels):
