@@ -66,7 +66,7 @@ _PROTOCOL = flags.DEFINE_enum_class(
     "protocol",
     None,
     protocols.Protocol,
-    "evaluate: of all sets; results of another than the config's are <set>_<protocol>.",
+    "evaluate, predict: instead of the config's; results are <set>_<protocol>.",
 )
 _INPUT = flags.DEFINE_string(
     "input", "", "predict: scan, folder or manifest.csv; import: file of weights."
@@ -297,11 +297,14 @@ def _evaluated(folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _predict() -> None:
-    from uad_jax import predict, prediction
+    from uad_jax import evaluation, predict, prediction
 
     _need("workdir", "input", "output")
+    config = _run_config()
+    if _PROTOCOL.value:
+        config.evaluation.sets = evaluation.sets_with(config, _PROTOCOL.value)
     found = predict.predict(
-        _run_config(),
+        config,
         pathlib.Path(_WORKDIR.value),
         _INPUT.value,
         pathlib.Path(_OUTPUT.value),
@@ -392,6 +395,11 @@ def main(argv: list[str]) -> int | None:
         sys.exit(f"There is no mode {argv[1]!r}.{hint} Modes: {', '.join(modes)}.")
     if len(argv) > 2 and argv[1] != "compare":
         sys.exit(f"Not understood: {' '.join(argv[2:])}. Write flags as --name=value.")
+    if _PROTOCOL.value and argv[1] not in _WITH_RUN:
+        sys.exit(
+            f"--protocol belongs to {' and '.join(_WITH_RUN)}. Evaluate with it what "
+            f"you compare, then: compare --set=test_{_PROTOCOL.value.value}."
+        )
     runtime.setup()
     try:
         return _compare(argv[2:]) if argv[1] == "compare" else _MODES[argv[1]]()

@@ -1,5 +1,6 @@
 """Prediction: from NIfTI files to maps on their own voxels, by the run alone."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -17,6 +18,8 @@ from tests import heads
 from tests.heads import Run
 from uad_jax import config as config_lib
 from uad_jax import (
+    evaluate,
+    evaluation,
     prediction,
     predictor,
     scoring,
@@ -24,6 +27,7 @@ from uad_jax import (
 from uad_jax import workdir as workdir_lib
 from uad_jax.data import nifti
 from uad_jax.metrics import calibration
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.prediction import Prediction
 
 
@@ -350,6 +354,29 @@ def test_the_threshold_is_that_of_the_sets_rule(
         rule="validated",
         source="best pooled Dice on 4 abnormal validation scans",
     )
+
+
+def test_under_another_protocol_a_scan_gets_what_that_evaluation_gives_it(
+    run: Run, tmp_path: pathlib.Path, mesh1: jax.sharding.Mesh
+) -> None:
+    workdir = shutil.copytree(run.workdir, tmp_path / "run")
+    config = copy.deepcopy(run.config)
+    config.evaluation.sets = evaluation.sets_with(config, Protocol.BAUR)
+    other = dataclasses.replace(run, config=config, workdir=workdir)
+    path = run.scans / "test-6_FLAIR.nii.gz"
+    text = _refused(other, path, tmp_path / "out", mesh=mesh1)
+    assert f"run.py evaluate --workdir={workdir} --step=8 --protocol=baur" in text
+
+    (results,) = evaluate.evaluate(config, workdir, mesh=mesh1, progress=False).values()
+    (one,) = other.predict(path, tmp_path / "out", mesh=mesh1)
+    report = _report(one)
+    assert report["protocol"] == "baur"
+    assert report["threshold"]["value"] == results["operating"]["threshold"]
+    exported = workdir / "maps" / "test_baur" / "test-6_desc-anomaly_map.nii.gz"
+    values = _load(one.files["anomaly_map"])
+    np.testing.assert_array_equal(values, _load(exported))
+    behrendt = _load(exported.parents[1] / "test" / exported.name)
+    assert np.count_nonzero(values) < np.count_nonzero(behrendt)
 
 
 def test_maps_are_not_written_among_the_scans(

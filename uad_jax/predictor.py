@@ -194,6 +194,9 @@ def _calibrated(
       ValueError: There is none; says which command makes it.
     """
     own = name if chosen.store else ""
+    command = f"run.py evaluate --workdir={workdir} --step={step}"
+    if chosen.protocol is not EvaluationSet().protocol:
+        command += f" --protocol={chosen.protocol.value}"
     path = calibration.file_path(workdir, step, chosen.protocol.value, own)
     entries = {}
     if path.is_file():
@@ -201,14 +204,14 @@ def _calibrated(
         if calibration.load_origin(path).get("checkpoint") != identity:
             raise ValueError(
                 f"{path} holds the thresholds of another checkpoint of step {step}. "
-                f"`run.py evaluate --workdir={workdir} --step={step}` makes them anew."
+                f"`{command}` makes them anew."
             )
     if config.name not in entries:
         raise ValueError(
             f"{path} holds no threshold for {config.name}, so nothing can be called "
             "abnormal. `run.py train` makes it for the best checkpoint when it ends, "
-            f"`run.py evaluate --workdir={workdir} --step={step}` for this one; both "
-            "need validation scans, healthy ones or with annotated lesions."
+            f"`{command}` for this one; both need validation scans, healthy ones or "
+            "with annotated lesions."
         )
     return entries[config.name]
 
