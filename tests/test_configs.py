@@ -28,6 +28,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Config file -> every argument that it documents.
 ARGUMENTS = {
+    "anovaegan": [
+        ",".join(filter(None, (model, word)))
+        for model in ("", "variant=aegan", "bottleneck=spatial")
+        for word in ("", "baur2018", "baur2020", "paper", "cpu")
+    ],
     "autoencoder": [
         ",".join(filter(None, (variant, word)))
         for variant in ("", *(f"variant={one.value}" for one in Variant))
@@ -96,6 +101,27 @@ def test_the_reconstruction_of_the_first_paper_has_its_map_and_reduction() -> No
     assert config_lib.to_json(later) == config_lib.to_json(
         _config("autoencoder", "paper")
     )
+
+
+def test_published_adversarial_models_keep_their_settings() -> None:
+    config = _config("anovaegan", "paper")
+    method: Any = config.method
+    assert config.batch_size == 128
+    assert (method.network.latent_size, method.network.intermediate_resolution) == (
+        128,
+        8,
+    )
+    assert (method.critic.steps, method.critic.penalty_weight) == (5, 10.0)
+    assert (method.critic.adversary.value, method.joint) == ("wgan_gp", False)
+    assert (method.kl_weight, method.compat.value) == (1.0, "denner")
+    assert (method.reduction.value, method.pixel_loss.value) == ("sum", "l1")
+    adam = optim.OptimizerConfig(learning_rate=1e-4, b1=0.5, b2=0.9)
+    assert method.optimizer == method.critic.optimizer == adam
+    first: Any = _config("anovaegan", "baur2018").method
+    assert (first.critic.adversary.value, first.joint) == ("log_loss", True)
+    assert (first.critic.steps, first.patch_critic) == (1, False)
+    assert (first.kl_weight, first.adversarial_weight) == (1.0, 1e-2)
+    assert (first.reduction.value, first.optimizer) == ("mean", adam)
 
 
 def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
@@ -199,13 +225,13 @@ def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
 
 
 def test_paper_and_cpu_exclude_each_other() -> None:
-    for name in ("autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark"):
+    for name in ("anovaegan", "autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark"):
         with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
             _config(name, "paper,cpu")
 
 
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    names = ("autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark")
+    names = ("anovaegan", "autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark")
     small = [(name, "cpu") for name in names]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)
