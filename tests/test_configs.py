@@ -141,11 +141,36 @@ def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
         modern: Any = _config(name, "")
         assert modern.batch_size * modern.total_steps == config.reference_slices
         assert not modern.method.process.shared_noise
-    ano: Any = _config("ddpm", "anoddpm,paper").method
-    assert (ano.way.value, ano.sampler.value) == ("chain", "ddpm_beta")
+
+
+def test_published_pddpm_trains_on_four_boxes() -> None:
+    method: Any = _config("pddpm", "paper").method
+    assert (method.patch, method.stride, method.boxes.value) == (48, 0, "grid")
+
+
+def test_published_anoddpm_is_the_released_code() -> None:
+    config = _config("ddpm", "anoddpm,paper")
+    assert (config.batch_size, config.total_steps) == (1, 300_000)
+    ano: Any = config.method
+    assert (ano.way.value, ano.sampler.value, ano.clip) == ("chain", "ddpm_beta", True)
     assert (ano.scoring.test_steps, ano.chain_calls) == ((249,), 0)
-    assert (ano.process.noise.value, ano.process.train_steps) == ("simplex_3d", 800)
+    assert ano.scoring.residual.value == "squared"
+    process = ano.process
+    assert (process.noise.value, process.train_steps) == ("simplex_3d", 800)
+    assert (process.schedule.value, process.num_steps) == ("linear", 1000)
+    assert (process.prediction.value, process.pixel_loss.value) == ("eps", "l2")
+    assert (ano.unet.attention_levels, ano.unet.num_heads) == ((3, 4, 5), 2)
     assert (ano.ema_decay, ano.optimizer.clip_norm) == (0.9999, 1.0)
+    assert ano.optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm", "pddpm", "cddpm"])
+def test_modern_diffusion_models_are_made_for_an_accelerator(name: str) -> None:
+    config = _config(name, "")
+    method: Any = config.method
+    assert (config.batch_size, method.precision.value) == (128, "bfloat16")
+    assert method.process.shared_noise is False
+    assert method.ema_decay == (0.0 if name == "cddpm" else 0.999)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +178,7 @@ def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
     [
         ("ddpm", "paper", 96, 34_493_313),
         ("pddpm", "paper", 96, 37_513_857),
-        ("ddpm", "anoddpm,paper", 256, 130_331_393),
+        ("ddpm", "anoddpm,paper", 256, 131_649_793),
         ("cddpm", "paper", 96, 44_068_481 + 24_550_848),
         ("spark", "paper", 96, 37_964_305),
         ("dae", "paper", 128, 7_701_825),
