@@ -314,7 +314,7 @@ def reconstruct(
     strength: float | Array = 1.0,
 ) -> Array:
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
-    keys = jax.random.split(key, image.shape[0])
+    keys = base.row_keys(key, image.shape[0])
     return _reconstruct_keyed(config, model, image, keys)
 
 
