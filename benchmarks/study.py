@@ -40,14 +40,13 @@ CONFIGS = {
     "ae_spatial": ("autoencoder", "variant=ae_spatial,cpu"),
     "vae": ("autoencoder", "variant=vae,cpu"),
     "vae_spatial": ("autoencoder", "variant=vae_spatial,cpu"),
-    "anovaegan": ("anovaegan", "cpu"),
-    "anovaegan_spatial": ("anovaegan", "bottleneck=spatial,cpu"),
-    "aegan": ("anovaegan", "variant=aegan,cpu"),
     "ddpm": ("ddpm", "cpu"),
     "pddpm": ("pddpm", "cpu"),
     "spark": ("spark", "cpu"),
     "cddpm": ("cddpm", "cpu"),
     "cddpm_spark": ("cddpm", "cpu"),  # starts from the run of spark with its seed
+    "ce": ("context", "variant=ce,cpu"),
+    "cevae": ("context", "variant=cevae,cpu"),
     "dae": ("dae", "cpu"),
     "anoddpm": ("ddpm", "anoddpm,cpu"),
 }

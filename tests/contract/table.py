@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import smoke
-from tests import adversaries, denoisers
+from tests import denoisers
 from uad_jax import anomaly_score_config, denoising_config, optim, types
 from uad_jax.anomaly_score_config import (
     Gradient,
     GradientConfig,
     RestorationConfig,
     Score,
+    ScoreConfig,
     SliceScore,
 )
-from uad_jax.methods import base, dae
+from uad_jax.methods import base, context, dae
 from uad_jax.methods.autoencoder import Variant
 from uad_jax.ops import losses, noise
 
@@ -151,6 +152,38 @@ def _spark() -> Row:
     )
 
 
+def _context(variant: context.Variant) -> Row:
+    """A context encoder; it memorises what lies under small squares."""
+    cevae = variant is context.Variant.CEVAE
+    fields = {
+        "optimizer.learning_rate": (1e-3, 3e-3),
+        "optimizer.clip_norm": (100.0, 1.0),
+        "dropout": (0.1, 0.3),
+    }
+    if cevae:
+        fields |= {"kl_weight": (1.0, 10.0), "context_weight": (0.5, 0.9)}
+    return Row(
+        config=context.ContextConfig(
+            variant=variant,
+            weighting=context.Weighting.SHARE,
+            latent_size=8,
+            width=8,
+            max_width=16,
+            ema_decay=0.9,
+            score=context.combined_score() if cevae else ScoreConfig(),
+            optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=100.0),
+        ),
+        overfit={
+            **_autoencoder(Variant.VAE).overfit,
+            "max_squares": 1,
+            "square_side": 2,
+        },
+        reconstruction="context",
+        float_fields=fields,
+        slow=not cevae,
+    )
+
+
 def _dae() -> Row:
     """A denoising autoencoder; noise it has never seen cannot be overfitted."""
     return Row(
@@ -178,45 +211,6 @@ def _dae() -> Row:
             "noise_deviation": (0.2, 0.4),
             "ema_decay": (0.9, 0.5),
         },
-    )
-
-
-def _adversarial(
-    config: Any,
-    *,
-    overfit: dict[str, Any] | None = None,
-    float_fields: dict[str, tuple[float, float]] | None = None,
-    overfit_bound: float = 0.05,
-    slow: bool = False,
-) -> Row:
-    """A method with a critic, which goes on judging while a batch is overfitted.
-
-    Of the critic's steps, which tests/test_adversarial.py counts, one is enough here.
-    """
-    if hasattr(config, "critic"):
-        critic = dataclasses.replace(config.critic, steps=1)
-        config = dataclasses.replace(config, critic=critic)
-    optimizer = optim.OptimizerConfig(
-        learning_rate=5e-3, b1=0.5, b2=0.9, schedule=optim.Schedule.COSINE
-    )
-    return Row(
-        config=config,
-        overfit={
-            "network": adversaries.network(
-                dropout=0.0, latent_size=32, width=16, max_width=16
-            ),
-            "ema_decay": 0.0,
-            "optimizer": optimizer,
-            **(overfit or {}),
-        },
-        reconstruction="loss",
-        float_fields={
-            "optimizer.learning_rate": (1e-3, 3e-3),
-            "network.dropout": (0.1, 0.3),
-            **(float_fields or {}),
-        },
-        overfit_bound=overfit_bound,
-        slow=slow,
     )
 
 
@@ -264,23 +258,8 @@ TABLE["cddpm"] = _diffusion(
 )
 TABLE["spark"] = _spark()
 TABLE["dae"] = _dae()
-# The critic asks for what the reconstruction error does not, so 5 % is out of reach.
-_wasserstein = {
-    "critic.optimizer.learning_rate": (1e-3, 3e-3),
-    "critic.penalty_weight": (10.0, 1.0),
-}
-TABLE["anovaegan"] = _adversarial(
-    adversaries.anovaegan_config(),
-    overfit={"kl_weight": 1e-3},
-    float_fields={"kl_weight": (1.0, 10.0), **_wasserstein},
-    overfit_bound=0.15,
-)
-TABLE["aegan"] = _adversarial(
-    adversaries.aegan_config(),
-    float_fields={"adversarial_weight": (0.5, 5.0)},
-    overfit_bound=0.15,
-    slow=True,
-)
+for context_variant in context.Variant:
+    TABLE[context_variant.value] = _context(context_variant)
 
 
 def _brains(rows: int, size: int) -> jax.Array:
