@@ -15,6 +15,8 @@
                                                          maps of new scans
     python run.py import      --config=FILE --workdir=DIR --config.data.store=DIR
                               --input=FILE               weights of another program
+    python run.py rescore     --workdir=DIR --output=DIR --config.method.score.kind=KIND
+                                                         the same run, another score
     python run.py bench       --config=FILE              speed of training and scoring
     python run.py env                                    versions and devices
 
@@ -74,7 +76,7 @@ _INPUT = flags.DEFINE_string(
 _NOTE = flags.DEFINE_string("note", "", "import: source and licence of the weights.")
 _ENTRY = flags.DEFINE_string("entry", "", "import: which model of the file, 'ema'.")
 _OUTPUT = flags.DEFINE_string(
-    "output", "", "predict, compare: folder of the results; bench: JSON file."
+    "output", "", "predict, compare, rescore: folder of the results; bench: JSON file."
 )
 _SET = flags.DEFINE_string("set", "", "compare: the set; default: the common one.")
 _FORCE = flags.DEFINE_bool("force", False, "predict: accept another modality.")
@@ -350,6 +352,15 @@ def _run_config() -> Any:
     return _CONFIG.value
 
 
+def _rescore() -> None:
+    from uad_jax import rescoring
+
+    _need("workdir", "output")
+    output = pathlib.Path(_OUTPUT.value)
+    rescoring.rescore(_run_config(), pathlib.Path(_WORKDIR.value), output)
+    print(f"Next: python run.py evaluate --workdir={output}")
+
+
 def _env() -> None:
     from uad_jax import environment
 
@@ -364,12 +375,13 @@ _MODES = {
     "evaluate": _evaluate,
     "predict": _predict,
     "import": _import,
+    "rescore": _rescore,
     "bench": _bench,
     "env": _env,
 }
 
 
-_WITH_RUN = ("evaluate", "predict")  # take the config from --workdir
+_WITH_RUN = ("evaluate", "predict", "rescore")  # take the config from --workdir
 
 
 def _need(*names: str) -> None:

@@ -19,7 +19,7 @@ class Size(enum.Enum):
 
     MODERN = ""  # one accelerator, our settings
     PAPER = "paper"  # one accelerator, the published settings
-    CPU = "cpu"  # two cores, at most five minutes
+    CPU = "cpu"  # two cores, minutes
 
 
 def size(words: frozenset[str]) -> Size:

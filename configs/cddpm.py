@@ -7,7 +7,7 @@ Command:   python run.py train --config=configs/cddpm.py:WORDS \
            Words, separated by commas: `paper` for the published settings or `cpu` for
            two cores, neither for an accelerator; `encoder=WORKDIR` starts the encoder
            from a run of configs/spark.py with the same size.
-Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
+Hardware:  one accelerator (its memory not yet measured); `cpu`: two cores
 Time:      not yet measured
 Expected:  not yet measured; docs/diffusion.md has what is published
 """

@@ -8,7 +8,7 @@ Command:   python run.py train --config=configs/ddpm.py:WORDS \
            Words, separated by commas: `anoddpm`; `paper` for the published settings
            or `cpu` for two cores, neither for an accelerator.
            An ensemble: --config.method.scoring.test_steps="(249, 499, 749)"
-Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
+Hardware:  one accelerator (its memory not yet measured); `cpu`: two cores
 Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 28 slices/s on two free
            cores, four minutes, and the evaluation (docs/benchmarks.md)
 Expected:  `cpu`, 300 steps: docs/results_synthetic.md; docs/diffusion.md has what is
@@ -59,10 +59,11 @@ def _anoddpm(size: Size) -> config_lib.ExperimentConfig:
         ),
         way=ddpm.Way.CHAIN,
         sampler=diffusion.Sampler.DDPM_BETA,
+        clip=True,
         **_diffusion.training(size),
     )
     config = _diffusion.experiment(
-        "anoddpm", method, size, volumes=8, reference_slices=ANODDPM_SLICES
+        "anoddpm", method, size, volumes=1, reference_slices=ANODDPM_SLICES
     )
     if size is Size.CPU:
         method.sampler, method.chain_calls = diffusion.Sampler.DDIM, 10
@@ -70,8 +71,8 @@ def _anoddpm(size: Size) -> config_lib.ExperimentConfig:
         method.unet = denoising_config.UNetConfig(
             multipliers=(1, 1, 2, 2, 4, 4),
             num_blocks=2,
-            attention_levels=(4, 5),  # 16 and 8 pixels of the published 256
-            head_size=256,  # two heads
+            attention_levels=(3, 4, 5),  # 32, 16 and 8 pixels of the published 256
+            num_heads=2,
             film=False,
         )
         method.ema_decay = 0.9999
@@ -79,5 +80,6 @@ def _anoddpm(size: Size) -> config_lib.ExperimentConfig:
         config.train = config_lib.TrainConfig(
             steps_per_call=100, log_every=1000, eval_every=5000, save_every=5000
         )
+        method.scoring.chunk = 16
         config.batch_size, config.total_steps = 1, ANODDPM_SLICES
     return config

@@ -8,7 +8,7 @@ Command:   python run.py train --config=configs/pddpm.py:WORD \
            `cpu` for two cores, none for an accelerator.
            Overlapping boxes: --config.method.patch=60 --config.method.overlap=average
            An ensemble: --config.method.scoring.test_steps="(249, 499, 749)"
-Hardware:  one accelerator (80 GB for the batch of 128); `cpu`: two cores
+Hardware:  one accelerator (its memory not yet measured); `cpu`: two cores
 Time:      accelerator: not yet measured; `cpu`: 6,400 slices at 28 slices/s on two free
            cores, four minutes, and the evaluation (docs/benchmarks.md)
 Expected:  `cpu`, 300 steps: docs/results_synthetic.md; docs/diffusion.md has what is

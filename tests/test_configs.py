@@ -28,6 +28,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Config file -> every argument that it documents.
 ARGUMENTS = {
+    "anovaegan": [
+        ",".join(filter(None, (model, word)))
+        for model in ("", "variant=aegan", "bottleneck=spatial")
+        for word in ("", "baur2018", "baur2020", "paper", "cpu")
+    ],
     "autoencoder": [
         ",".join(filter(None, (variant, word)))
         for variant in ("", *(f"variant={one.value}" for one in Variant))
@@ -103,6 +108,27 @@ def test_the_reconstruction_of_the_first_paper_has_its_map_and_reduction() -> No
     )
 
 
+def test_published_adversarial_models_keep_their_settings() -> None:
+    config = _config("anovaegan", "paper")
+    method: Any = config.method
+    assert config.batch_size == 128
+    assert (method.network.latent_size, method.network.intermediate_resolution) == (
+        128,
+        8,
+    )
+    assert (method.critic.steps, method.critic.penalty_weight) == (5, 10.0)
+    assert (method.critic.adversary.value, method.joint) == ("wgan_gp", False)
+    assert (method.kl_weight, method.compat.value) == (1.0, "denner")
+    assert (method.reduction.value, method.pixel_loss.value) == ("sum", "l1")
+    adam = optim.OptimizerConfig(learning_rate=1e-4, b1=0.5, b2=0.9)
+    assert method.optimizer == method.critic.optimizer == adam
+    first: Any = _config("anovaegan", "baur2018").method
+    assert (first.critic.adversary.value, first.joint) == ("log_loss", True)
+    assert (first.critic.steps, first.patch_critic) == (1, False)
+    assert (first.kl_weight, first.adversarial_weight) == (1.0, 1e-2)
+    assert (first.reduction.value, first.optimizer) == ("mean", adam)
+
+
 def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
     for name, film in (("ddpm", False), ("pddpm", True)):
         config = _config(name, "paper")
@@ -120,11 +146,36 @@ def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
         modern: Any = _config(name, "")
         assert modern.batch_size * modern.total_steps == config.reference_slices
         assert not modern.method.process.shared_noise
-    ano: Any = _config("ddpm", "anoddpm,paper").method
-    assert (ano.way.value, ano.sampler.value) == ("chain", "ddpm_beta")
+
+
+def test_published_pddpm_trains_on_four_boxes() -> None:
+    method: Any = _config("pddpm", "paper").method
+    assert (method.patch, method.stride, method.boxes.value) == (48, 0, "grid")
+
+
+def test_published_anoddpm_is_the_released_code() -> None:
+    config = _config("ddpm", "anoddpm,paper")
+    assert (config.batch_size, config.total_steps) == (1, 300_000)
+    ano: Any = config.method
+    assert (ano.way.value, ano.sampler.value, ano.clip) == ("chain", "ddpm_beta", True)
     assert (ano.scoring.test_steps, ano.chain_calls) == ((249,), 0)
-    assert (ano.process.noise.value, ano.process.train_steps) == ("simplex_3d", 800)
+    assert ano.scoring.residual.value == "squared"
+    process = ano.process
+    assert (process.noise.value, process.train_steps) == ("simplex_3d", 800)
+    assert (process.schedule.value, process.num_steps) == ("linear", 1000)
+    assert (process.prediction.value, process.pixel_loss.value) == ("eps", "l2")
+    assert (ano.unet.attention_levels, ano.unet.num_heads) == ((3, 4, 5), 2)
     assert (ano.ema_decay, ano.optimizer.clip_norm) == (0.9999, 1.0)
+    assert ano.optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm", "pddpm", "cddpm"])
+def test_modern_diffusion_models_are_made_for_an_accelerator(name: str) -> None:
+    config = _config(name, "")
+    method: Any = config.method
+    assert (config.batch_size, method.precision.value) == (128, "bfloat16")
+    assert method.process.shared_noise is False
+    assert method.ema_decay == (0.0 if name == "cddpm" else 0.999)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +183,7 @@ def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
     [
         ("ddpm", "paper", 96, 34_493_313),
         ("pddpm", "paper", 96, 37_513_857),
-        ("ddpm", "anoddpm,paper", 256, 130_331_393),
+        ("ddpm", "anoddpm,paper", 256, 131_649_793),
         ("cddpm", "paper", 96, 44_068_481 + 24_550_848),
         ("spark", "paper", 96, 37_964_305),
         ("dae", "paper", 128, 7_701_825),
@@ -220,13 +271,31 @@ def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
 
 
 def test_paper_and_cpu_exclude_each_other() -> None:
-    for name in ("autoencoder", "cddpm", "context", "dae", "ddpm", "pddpm", "spark"):
+    for name in (
+        "anovaegan",
+        "autoencoder",
+        "cddpm",
+        "context",
+        "dae",
+        "ddpm",
+        "pddpm",
+        "spark",
+    ):
         with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
             _config(name, "paper,cpu")
 
 
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    names = ("autoencoder", "cddpm", "context", "dae", "ddpm", "pddpm", "spark")
+    names = (
+        "anovaegan",
+        "autoencoder",
+        "cddpm",
+        "context",
+        "dae",
+        "ddpm",
+        "pddpm",
+        "spark",
+    )
     small = [(name, "cpu") for name in names]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)

@@ -33,6 +33,15 @@ def test_radiological_puts_anterior_up_and_the_right_side_left() -> None:
     shown = figures.radiological(plane)
     assert shown.shape == (6, 4)
     assert shown[0, 0] == 1.0  # top left of the picture
+    geometry = Geometry(
+        native_shape=(4, 6, 1),
+        native_affine=np.diag([-2.0, 2.0, 2.0, 1.0]),  # a file that is LAS
+        grid_to_native=np.diag([-1.0, 1.0, 1.0, 1.0]),
+    )
+    np.testing.assert_array_equal(figures.radiological(plane, geometry), shown)
+    lps = dataclasses.replace(geometry, grid_to_native=np.diag([1.0, -1.0, 1.0, 1.0]))
+    turned = figures.radiological(plane[::-1, ::-1], lps)
+    np.testing.assert_array_equal(turned, shown)
 
 
 def test_shown_slice_is_the_one_with_most_lesion() -> None:

@@ -25,6 +25,7 @@ from uad_jax import (
     workdir,
 )
 from uad_jax.config import ExperimentConfig
+from uad_jax.data import sources
 from uad_jax.methods import cddpm
 
 SHAPE = (1, 32, 32, 1)
@@ -100,6 +101,18 @@ def test_an_imported_file_is_the_model_of_the_run(
     note = workdir.read_json(directory / workdir.IMPORTED)
     assert note["file"] == "theirs.ckpt"
     assert len(note["sha256"]) == 64
+
+
+def test_slices_that_lie_otherwise_than_the_authors_are_named(
+    store: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = sources.Store.open(store)
+    importing._say_how_slices_lie(opened)
+    assert "--recipe=behrendt_lps" in caplog.text
+    caplog.clear()
+    opened.recipe = {**opened.recipe, "turned": True}
+    importing._say_how_slices_lie(opened)
+    assert caplog.text == ""
 
 
 def test_an_imported_run_evaluates_to_a_report(

@@ -94,7 +94,8 @@ def test_no_mode_explains_all_of_them() -> None:
     done = _run()
     assert done.returncode == 1
     explained = set(re.findall(r"python run\.py ([a-z-]+) ", done.stderr))
-    modes = "demo check-data prepare train evaluate compare predict import bench env"
+    modes = "demo check-data prepare train evaluate compare predict import rescore "
+    modes += "bench env"
     assert explained == set(modes.split())
     (listed,) = re.findall(r"Give one mode: (.*)\.", done.stderr)
     assert set(listed.split(", ")) == explained

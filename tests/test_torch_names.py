@@ -113,8 +113,11 @@ def test_attention_moves_the_doubling_block_one_place() -> None:
     assert names["params/up_1_double/conv_0/kernel"].name.startswith(f"{place}.2.")
 
 
-def test_anoddpm_is_the_same_network_in_another_order() -> None:
-    network, like = small_unet(conditional=False)
+@pytest.mark.parametrize(("num_heads", "heads"), [(0, 4), (2, 2)])
+def test_anoddpm_is_the_same_network_in_another_order(
+    num_heads: int, heads: int
+) -> None:
+    network, like = small_unet(conditional=False, num_heads=num_heads)
     plain = torch_names.unet_sources(network, like)
     other = torch_names.unet_sources(network, like, torch_names.ANODDPM)
     state = foreign_states.drawn_state(like, plain)
@@ -123,7 +126,7 @@ def test_anoddpm_is_the_same_network_in_another_order() -> None:
     for path, source in plain.items():
         x = state[source.name]
         if "/qkv/" in path:  # query, key, value of each head together
-            x = x.reshape(3, -1, 32, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+            x = x.reshape(3, heads, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
         if path == "params/step_0/kernel":  # sines first
             x = np.concatenate([x[:, 32:], x[:, :32]], axis=1)
         renamed[f"ema.{other[path].name}"] = x

@@ -51,27 +51,57 @@ def _relative_error(ours: Any, theirs: Any) -> float:
         ({"film": True}, None),
         ({"film": False, "attention_levels": (1,), "head_size": 32}, None),
         ({"film": True}, 5),
+        ({"film": False, "attention_levels": (0, 1), "num_heads": 2}, None),
     ],
-    ids=["pDDPM", "DDPM", "cDDPM"],
+    ids=["pDDPM", "DDPM", "cDDPM", "AnoDDPM"],
 )
 def test_a_saved_unet_gives_the_same_image(
     tmp_path: pathlib.Path, fields: dict[str, Any], condition: int | None, legacy: bool
 ) -> None:
-    theirs = torch_networks.UNet(**SMALL, **fields, condition=condition)
+    error = _unet_error(
+        tmp_path, {**SMALL, **fields}, condition, (16, 24), legacy=legacy
+    )
+    assert error <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", 0.03)]
+)
+@pytest.mark.parametrize("condition", [None, 512], ids=["pDDPM", "cDDPM"])
+def test_a_network_of_the_published_size_gives_the_same_image(
+    tmp_path: pathlib.Path, condition: int | None, dtype: str, tolerance: float
+) -> None:
+    assert _unet_error(tmp_path, {}, condition, (96, 96), dtype=dtype) <= tolerance
+
+
+def _unet_error(
+    directory: pathlib.Path,
+    fields: dict[str, Any],
+    condition: int | None,
+    sides: tuple[int, int],
+    *,
+    dtype: str = "float32",
+    legacy: bool = False,
+) -> float:
+    """Largest difference over the largest output of one saved and loaded U-Net."""
+    theirs = torch_networks.UNet(**fields, condition=condition)
     _randomise(theirs)
     state = {f"diffusion.model.{k}": v for k, v in theirs.state_dict().items()}
     state["diffusion.betas"] = torch.zeros(1000)
-    path = tmp_path / "epoch-1.ckpt"
+    path = directory / "epoch-1.ckpt"
     saved = {"state_dict": state, "optimizer_states": [], "epoch": 1}
     torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
 
     rng = np.random.default_rng(1)
-    image = rng.standard_normal((2, 16, 24, 1)).astype(np.float32)
+    image = rng.standard_normal((2, *sides, 1)).astype(np.float32)
     steps = np.array([0, 731], np.int32)
     vector = None
     if condition:
         vector = rng.standard_normal((2, condition)).astype(np.float32)
-    ours = unet.UNet(**SMALL, **fields, conditional=condition is not None)
+    ours = unet.UNet(
+        **fields, conditional=condition is not None, dtype=jax.numpy.dtype(dtype)
+    )
     like = jax.eval_shape(ours.init, jax.random.key(0), image, steps, vector)
     variables = torch_names.load_unet(weights.read(path), ours, like)
     out = jax.jit(ours.apply)(variables, image, steps, vector)
@@ -83,7 +113,7 @@ def test_a_saved_unet_gives_the_same_image(
         )
     error = _relative_error(out, expected)
     print(f"relative error {error:.1e}")
-    assert error <= TOLERANCE
+    return error
 
 
 def test_a_saved_resnet_gives_the_same_features(tmp_path: pathlib.Path) -> None:

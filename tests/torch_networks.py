@@ -60,9 +60,9 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, channels: int, head_size: int) -> None:
+    def __init__(self, channels: int, head_size: int, num_heads: int = 0) -> None:
         super().__init__()
-        self.head_size = head_size
+        self.head_size = channels // num_heads if num_heads else head_size
         self.norm = nn.GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -94,6 +94,7 @@ class UNet(nn.Module):
         num_blocks: int = 3,
         attention_levels: Sequence[int] = (),
         head_size: int = 64,
+        num_heads: int = 0,
         film: bool = True,
         condition: int | None = None,
     ) -> None:
@@ -122,7 +123,7 @@ class UNet(nn.Module):
                 ]
                 channels = width * multiplier
                 if level in attention_levels:
-                    layers.append(Attention(channels, head_size))
+                    layers.append(Attention(channels, head_size, num_heads))
                 self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
             if level < last:
@@ -132,7 +133,7 @@ class UNet(nn.Module):
                 skips.append(channels)
         self.middle_block = Stage(
             Block(channels, channels, size, film),
-            Attention(channels, head_size),
+            Attention(channels, head_size, num_heads),
             Block(channels, channels, size, film),
         )
         self.output_blocks = nn.ModuleList()
@@ -142,7 +143,7 @@ class UNet(nn.Module):
                 channels = width * multiplier
                 layers = [Block(inputs, channels, size, film)]
                 if level in attention_levels:
-                    layers.append(Attention(channels, head_size))
+                    layers.append(Attention(channels, head_size, num_heads))
                 if level > 0 and index == num_blocks:
                     layers.append(Block(channels, channels, size, film, "double"))
                 self.output_blocks.append(Stage(*layers))

@@ -222,8 +222,8 @@ def reconstruct_by(
       noise of each keyed by key and step; and `reconstruct` (config, model, image,
       mask, key, strength): the pseudo-healthy image [N, H, W, C], from the share
       `strength` of the schedule, in (0, 1], [] or [N], or from the test steps, whose
-      mean it is. It raises ValueError if a strength that is a number is out of range.
-      Neither uses the mask.
+      mean it is; its key is [], or one per slice [N]. It raises ValueError if a
+      strength whose value is known is out of range. Neither uses the mask.
     """
 
     def reconstruct_slices(

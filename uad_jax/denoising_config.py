@@ -34,6 +34,7 @@ class UNetConfig:
       attention_levels: Levels with attention, 0 = full resolution. The middle always
         attends.
       head_size: Channels per attention head.
+      num_heads: Attention heads of every level; 0 = as many as `head_size` gives.
       film: Whether the step scales and shifts the features; False: it is added.
       remat: Compute blocks again in the backward pass to save memory.
     """
@@ -43,6 +44,7 @@ class UNetConfig:
     num_blocks: int = 3
     attention_levels: tuple[int, ...] = ()
     head_size: int = 64
+    num_heads: int = 0
     film: bool = True
     remat: bool = False
 
@@ -64,6 +66,14 @@ class UNetConfig:
                     f"{last}."
                 )
             channels = self.width * self.multipliers[level]
+            if self.num_heads < 0 or (self.num_heads and channels % self.num_heads):
+                raise ValueError(
+                    f"unet.num_heads is {self.num_heads}, which does not divide the "
+                    f"{channels} channels of level {level}, where the U-Net attends; "
+                    "0 leaves the choice to head_size."
+                )
+            if self.num_heads:
+                continue
             if self.head_size < 1 or channels % self.head_size:
                 raise ValueError(
                     f"unet.head_size is {self.head_size}, which does not divide the "

@@ -236,7 +236,7 @@ def _remedy(folders: Sequence[pathlib.Path]) -> str:
         f"{'maps' if source == 'maps' else 'a run'}: {commands[source]}"
         for source in needed
     )
-    return f"Evaluate all of them on one store with one protocol ({listed})."
+    return f"Evaluate all of them on one store with one --protocol ({listed})."
 
 
 def _source(folder: pathlib.Path) -> str:

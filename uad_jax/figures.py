@@ -65,12 +65,16 @@ class Look(NamedTuple):
     scale: dict[str, Any]  # how maps are drawn
 
 
-def radiological(plane: np.ndarray) -> np.ndarray:
-    """Turns an axial [x, y] RAS plane for display.
+def radiological(plane: np.ndarray, geometry: Geometry | None = None) -> np.ndarray:
+    """Turns an axial [x, y] plane for display.
 
     Anterior is up and the patient's right is on the left side of the picture, as
-    radiologists read scans.
+    radiologists read scans. Without a geometry the axes grow to the right and front.
     """
+    if geometry is not None:
+        to_world = geometry.native_affine @ geometry.grid_to_native
+        x, y = (1 if to_world[axis, axis] > 0 else -1 for axis in (0, 1))
+        plane = plane[::x, ::y]
     return plane[::-1, ::-1].T
 
 
@@ -141,8 +145,11 @@ def _draw_case(
 ) -> None:
     z = shown_slice(case)
 
+    def turned(volume: np.ndarray) -> np.ndarray:
+        return radiological(volume[z][look.view], case.geometry)
+
     def show(name: str, volume: np.ndarray, **style: Any) -> None:
-        draw_scan(panels[name], radiological(volume[z][look.view]), case, **style)
+        draw_scan(panels[name], turned(volume), case, **style)
 
     for name, axis in panels.items():
         axis.set_title(name, fontsize=9)
@@ -150,14 +157,14 @@ def _draw_case(
             show(name, case.image, **look.gray)
     mark_sides(panels["Input"], case)
     show("Anomaly map", case.anomaly_map, **look.scale)
-    tint(panels["Found (filled)"], radiological(case.found[z][look.view]), FOUND_COLOUR)
+    tint(panels["Found (filled)"], turned(case.found), FOUND_COLOUR)
     if case.reconstruction is not None:
         show("Reconstruction", case.reconstruction, **look.gray)
     elif "Reconstruction" in panels:
         _say(panels["Reconstruction"], "none")
     if case.lesion is not None:
         for name in ("Truth (outlined)", "Found (filled)", "Anomaly map"):
-            outline(panels[name], radiological(case.lesion[z][look.view]), TRUTH_COLOUR)
+            outline(panels[name], turned(case.lesion), TRUTH_COLOUR)
     elif "Truth (outlined)" in panels:
         _say(panels["Truth (outlined)"], "not annotated")
 
@@ -193,7 +200,7 @@ def _draw_ranked(
 ) -> None:
     z = shown_slice(case)
     image, values, found = (
-        radiological(volume[z][look.view])
+        radiological(volume[z][look.view], case.geometry)
         for volume in (case.image, case.anomaly_map, case.found)
     )
     for axis in pair:

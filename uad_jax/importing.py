@@ -17,6 +17,7 @@ from uad_jax import denoising, programs, torch_names, train, weights
 from uad_jax import mesh as mesh_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import ExperimentConfig
+from uad_jax.data import sources
 from uad_jax.methods import cddpm, ddpm, pddpm
 from uad_jax.types import ModelState, Tree
 
@@ -65,7 +66,8 @@ def import_weights(
                 )
             workdir_lib.check_config(workdir, config_lib.to_dict(config))
             workdir_lib.write_environment(workdir)
-            _, stream, method = train.describe(config, workdir, mesh)
+            store, stream, method = train.describe(config, workdir, mesh)
+            _say_how_slices_lie(store)
             state = programs.init(method, stream.spec(), config.seed, mesh)
             model = fill(config, file, state.model, stream.spec().image.shape)
             model = jax.device_put(model, mesh_lib.replicated(mesh))
@@ -136,6 +138,17 @@ def fill(
     numbers = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     logging.info("%s: %d parameters fit.", file.path, numbers)
     return ModelState(params=params, collections=collections)
+
+
+def _say_how_slices_lie(store: sources.Store) -> None:
+    if not store.recipe.get("turned", False):
+        logging.warning(
+            "%s was prepared with --recipe=%s, whose axes grow to R, A, S. Weights of "
+            "the authors' pDDPM and cDDPM programs have seen slices that are turned by "
+            "180 degrees: prepare a store with --recipe=behrendt_lps for them.",
+            store.path,
+            store.recipe.get("name", ""),
+        )
 
 
 def _is_anoddpm(file: weights.Weights) -> bool:

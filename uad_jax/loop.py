@@ -11,8 +11,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from uad_jax import alarms, distributed, divergence, programs, signals
 from uad_jax import checkpoint as checkpoint_lib
-from uad_jax import distributed, divergence, programs, signals
 from uad_jax import progress as progress_lib
 from uad_jax import writer as writer_lib
 from uad_jax.config import ExperimentConfig, Selection
@@ -237,6 +237,7 @@ class Reporter:
         self._writer = writer_lib.MetricWriter(run.workdir, resume_step=start)
         shown = show and distributed.is_main()
         self._bar = progress_lib.Bar(config.total_steps, start, shown)
+        self._alarms = alarms.Watch()
         self._pending: tuple[int, Scalars] | None = None
 
     def __enter__(self) -> "Reporter":
@@ -274,6 +275,7 @@ class Reporter:
                     rows,
                     state.model.params,
                 )
+        self._alarms.take(step, scalars)
         self._meter.add(scalars)
         self._bar.advance(self._run.programs.steps_per_call)
         config = self._run.config

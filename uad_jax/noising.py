@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from uad_jax.denoising_config import ProcessConfig, ScoringConfig
 from uad_jax.methods import base
@@ -144,19 +145,23 @@ def noise_steps(
       scoring: Its test steps are taken if no strength is given.
       count: Number of images.
       strength: Share of the steps in (0, 1], [] or [count]: t is the rounded share of
-        T less 1, at least 0. With T = 1000, 0.5 means t = 499.
+        T less 1, at least 0. With T = 1000, 0.5 means t = 499. Inside `jit` a share
+        out of range counts as the nearest one in range.
 
     Raises:
-      ValueError: If a strength that is a number is out of range.
+      ValueError: If a strength whose value is known is out of range.
     """
     if strength is None:
         steps = jnp.asarray(scoring.test_steps, jnp.int32)[None, :]
         return jnp.broadcast_to(steps, (count, len(scoring.test_steps)))
-    if isinstance(strength, float | int):
-        steps = jnp.asarray(strength_step(process, strength))
-    else:
+    if isinstance(strength, jax.core.Tracer):
         steps = jnp.round(strength * process.num_steps).astype(jnp.int32) - 1
         steps = jnp.clip(steps, 0, process.num_steps - 1)
+    else:
+        shares = np.asarray(strength)
+        steps = jnp.asarray(
+            [strength_step(process, share) for share in shares.ravel().tolist()]
+        ).reshape(shares.shape)
     return jnp.broadcast_to(steps, (count,))[:, None]
 
 
@@ -175,10 +180,10 @@ def strength_step(process: ProcessConfig, strength: float) -> int:
 
 
 def image_keys(process: ProcessConfig, key: Key, count: int) -> Array:
-    """Keys of images that have no volume and slice: [count], one for all if shared."""
-    if process.shared_noise:
+    """Keys of images, [count]: as given, else one for all if shared, else split."""
+    if process.shared_noise and key.ndim == 0:
         return jnp.broadcast_to(key, (count,))
-    return jax.random.split(key, count)
+    return base.row_keys(key, count)
 
 
 def for_each_step(

@@ -134,17 +134,21 @@ def draw(panel: Panel) -> bytes:
     case = panel.case
     z = figures.shown_slice(case)
     look = figures.common_look([case], map_limit=1.0)
-    image = figures.radiological(case.image[z][look.view])
+
+    def turned(volume: np.ndarray) -> np.ndarray:
+        return figures.radiological(volume[z][look.view], case.geometry)
+
+    image = turned(case.image)
     truth = None
     if case.lesion is not None:
-        truth = figures.radiological(case.lesion[z][look.view])
+        truth = turned(case.lesion)
     names = ["Image", "Truth", *panel.found]
     figure, axes = _grid(len(names), image.shape)
     for name, axis in zip(names, axes, strict=True):
         figures.draw_scan(axis, image, case, **look.gray)
         axis.set_title(name, fontsize=9, parse_math=False)
         if name in panel.found:
-            found = figures.radiological(panel.found[name][z][look.view])
+            found = turned(panel.found[name])
             figures.tint(axis, found, figures.FOUND_COLOUR)
             axis.set_xlabel(panel.captions[name], fontsize=8, parse_math=False)
         if truth is not None and name != "Image":

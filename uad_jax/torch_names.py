@@ -126,7 +126,7 @@ def unet_sources(
             name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
         convert: weights_lib.Convert = _kernel if leaf == "kernel" else _same
         if spelling and inner == ["qkv"]:
-            convert = _by_head(network.head_size, convert)
+            convert = _by_head(network, convert)
         if spelling and path == "params/step_0/kernel":
             convert = _cosines_first
         sources[path] = Source(name, convert)
@@ -176,11 +176,12 @@ def _kernel(x: np.ndarray) -> np.ndarray:
     return x.T
 
 
-def _by_head(head_size: int, convert: weights_lib.Convert) -> weights_lib.Convert:
+def _by_head(network: unet.UNet, convert: weights_lib.Convert) -> weights_lib.Convert:
     """Reorders output channels from heads x (query, key, value) to the reverse."""
 
     def reorder(x: np.ndarray) -> np.ndarray:
-        parts = x.reshape(-1, 3, head_size, *x.shape[1:])
+        heads = network.num_heads or x.shape[0] // 3 // network.head_size
+        parts = x.reshape(heads, 3, -1, *x.shape[1:])
         return convert(parts.swapaxes(0, 1).reshape(x.shape))
 
     return reorder

@@ -17,6 +17,7 @@ from tests.contract import table
 from tests.contract.table import ROWS, RUN, TABLE
 from uad_jax import checkpoint, types
 from uad_jax import mesh as mesh_lib
+from uad_jax.methods import base
 
 SCORERS = [name for name, row in TABLE.items() if row.config.make(RUN).score]
 
@@ -30,6 +31,9 @@ def _rows(names: list[str]) -> pytest.MarkDecorator:
 
 every_method = _rows(list(TABLE))
 every_scorer = _rows(SCORERS)
+every_prior = _rows(
+    [name for name, row in TABLE.items() if row.config.make(RUN).reconstruct]
+)
 
 
 class Compiled(NamedTuple):
@@ -208,6 +212,23 @@ def test_place_in_the_batch_is_irrelevant_to_scores(name: str) -> None:
     shuffled = jax.tree.map(lambda x: x[order], table.volumes(name))
     scores = _score(name, shuffled)
     _assert_close(scores, jax.tree.map(lambda x: x[order], _scored(name)))
+
+
+@every_prior
+def test_a_prior_depends_on_neither_place_nor_devices(name: str, mesh8: Mesh) -> None:
+    method, batch = TABLE[name].config.make(RUN), table.batch(name)
+    assert method.reconstruct is not None
+    reconstruct = jax.jit(method.reconstruct)
+    model = _trained(name)[0].for_eval()
+    keys = base.sample_keys(jax.random.key(4), batch.uid, batch.slice_index)
+    rows = (batch.image, batch.mask, keys)
+    expected = reconstruct(model, *rows)
+    assert expected.shape == batch.image.shape
+    order = np.random.default_rng(1).permutation(ROWS)
+    shuffled = jax.tree.map(lambda x: x[order], rows)
+    shuffled = jax.device_put(shuffled, mesh_lib.batch_sharded(mesh8))
+    model = jax.device_put(model, mesh_lib.tree_shardings(model, mesh8))
+    _assert_close(reconstruct(model, *shuffled), expected[order])
 
 
 @every_method

@@ -227,6 +227,8 @@ def test_the_brain_lies_in_the_middle_whatever_the_world_origin(
     design = np.c_[centred - centred.mean(0), np.ones(len(centred))]
     fit = np.linalg.lstsq(design, prepared.image[prepared.brain, 0])
     up, right, front = fit[0][:3] * np.array(prepared.geometry.native_shape)[[2, 0, 1]]
+    if name == "behrendt_lps":
+        right, front = -right, -front
     assert right > front > up > 0
     back = geometry.to_native(prepared.image[..., 0], prepared.geometry)
     inside = (back > 0.05) & (stored > 0)
@@ -422,12 +424,35 @@ def test_fault_B36_a_scan_smaller_than_the_grid_is_padded_with_a_note(
     assert "only part of the grid along z" in prepared.notes[0]
 
 
+def test_turned_slices_are_the_same_slices(tmp_path: pathlib.Path) -> None:
+    recipe = dataclasses.replace(SMALL_BEHRENDT, turned=True)
+    scan = _scan(tmp_path, _head((20, 24, 16), (9, 11, 7.4)))
+    straight = preprocess.apply(SMALL_BEHRENDT, {"t1": scan})
+    turned = preprocess.apply(recipe, {"t1": scan})
+    np.testing.assert_array_equal(turned.image[:, ::-1, ::-1], straight.image)
+    np.testing.assert_array_equal(turned.brain[:, ::-1, ::-1], straight.brain)
+    expected = geometry.to_native(straight.image[..., 0], straight.geometry)
+    back = geometry.to_native(turned.image[..., 0], turned.geometry)
+    np.testing.assert_allclose(back, expected, atol=1e-5)
+    assert expected.max() > 0.5
+
+
+def test_recipes_of_earlier_stores_keep_their_hashes() -> None:
+    known = {
+        "grid2mm": "960f6df0e7799f0e",
+        "behrendt": "c083f2c2cd2cee5f",
+        "baur": "37c7a08a6aa439eb",
+    }
+    for name, expected in known.items():
+        assert preprocess.recipe_hash(preprocess.RECIPES[name]) == expected
+
+
 def test_recipe_hash_changes_with_every_field() -> None:
     hashes = {preprocess.recipe_hash(recipe) for recipe in preprocess.RECIPES.values()}
-    assert len(hashes) == 3
+    assert len(hashes) == 4
     hashes.add(preprocess.recipe_hash(dataclasses.replace(GRID, order=3)))
     hashes.add(preprocess.recipe_hash(dataclasses.replace(GRID, max_cropped=0.1)))
-    assert len(hashes) == 5
+    assert len(hashes) == 6
     again = dataclasses.replace(GRID)
     assert preprocess.recipe_hash(again) == preprocess.recipe_hash(GRID)
 

@@ -226,11 +226,15 @@ def test_prior_takes_the_test_steps_or_a_strength(stub: dict[str, Any]) -> None:
     np.testing.assert_allclose(level(CONFIG, 1e-9), 0, atol=1e-2)
     shares = jnp.array([0.001, 0.25, 0.499, 1.0])
     np.testing.assert_allclose(level(CONFIG, shares), [0, 249, 498, 999], atol=1e-2)
-    for strength in (0.0, 1.5):
-        with pytest.raises(ValueError, match=f"strength is {strength}.*1000 steps"):
+    for strength in (0.0, 1.5, np.float32(1.5), jnp.array([0.5, 0.5, 0.0, 0.5])):
+        with pytest.raises(ValueError, match=r"strength is (0|1.5).*1000 steps"):
             level(CONFIG, strength)
+    with pytest.raises(ValueError, match="strength is nan"):
+        level(CONFIG, jnp.float32(jnp.nan))
     chain = denoisers.anoddpm_config()
-    assert ddpm.reconstruct(chain, MODEL, image, mask, key, 0.5).shape == image.shape
+    half = ddpm.reconstruct(chain, MODEL, image, mask, key, 0.5)
+    same = ddpm.reconstruct(chain, MODEL, image, mask, key, jnp.float32(0.5))
+    np.testing.assert_array_equal(half, same)
     with pytest.raises(TypeError, match="length of a chain"):
         ddpm.reconstruct(chain, MODEL, image, mask, key, shares)
 
@@ -281,6 +285,7 @@ def test_image_that_cannot_be_halved_is_named() -> None:
         ({"process.train_steps": 1001}, "train_steps is 1001.*1000"),
         ({"unet.width": 7}, "width is 7"),
         ({"unet.head_size": 3}, "head_size is 3.*8 channels"),
+        ({"unet.num_heads": 3}, "num_heads is 3.*8 channels"),
         ({"unet.attention_levels": (1,)}, "levels are 0 to 0"),
         ({"unet.multipliers": ()}, "multipliers"),
         ({"accumulate_steps": 0}, "accumulate_steps is 0"),

@@ -106,10 +106,10 @@ def test_parameters_of_anoddpm() -> None:
         film=False,
         multipliers=(1, 1, 2, 2, 4, 4),
         num_blocks=2,
-        attention_levels=(4, 5),
-        head_size=256,
+        attention_levels=(3, 4, 5),
+        num_heads=2,
     )
-    assert _count(variables) == 130_331_393
+    assert _count(variables) == 131_649_793
 
 
 def test_a_fresh_network_returns_zero() -> None:

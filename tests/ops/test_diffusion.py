@@ -297,11 +297,16 @@ def test_a_deterministic_chain_needs_no_keys_and_others_say_so() -> None:
     ],
 )
 def test_chains_out_of_range_are_named(steps, eta: float, message: str) -> None:
-    chain = diffusion.Chain(
-        SHORT, Prediction.X0, np.array(steps), Sampler.DDIM, eta=eta
-    )
-    with pytest.raises(ValueError, match=message):
-        diffusion.sample(_toy, chain, _normal(3), _keys(), _waves)
+    for array in (np.array(steps), jnp.array(steps)):
+        chain = diffusion.Chain(SHORT, Prediction.X0, array, Sampler.DDIM, eta=eta)
+        with pytest.raises(ValueError, match=message):
+            diffusion.sample(_toy, chain, _normal(3), _keys(), _waves)
+
+
+def test_a_step_beyond_the_schedule_is_named() -> None:
+    for t in (20, -1):
+        with pytest.raises(ValueError, match=f"is {t}, but the schedule has T = 20"):
+            diffusion.q_sample(SHORT, _normal(3), jnp.array([0, 3, t]), _normal(4))
 
 
 def test_place_in_the_batch_changes_nothing() -> None:

@@ -169,18 +169,6 @@ def test_the_order_of_the_boxes_is_irrelevant(overlap: Overlap) -> None:
     )
 
 
-def test_insert_changes_the_box_alone() -> None:
-    boxes = patches.grid((7, 10), 4)
-    noisy, clean = _images(boxes), _images(boxes, seed=1)
-    found = np.asarray(patches.insert(jnp.asarray(noisy), jnp.asarray(clean), boxes))
-    assert found.shape == (3, len(boxes.corners), 7, 10, 2)
-    for k, (row, column) in enumerate(boxes.corners):
-        expected = clean.copy()
-        window = slice(row, row + 4), slice(column, column + 4)
-        expected[:, window[0], window[1]] = noisy[:, window[0], window[1]]
-        np.testing.assert_array_equal(found[:, k], expected)
-
-
 def test_random_boxes_of_a_grid_are_all_alike_likely() -> None:
     boxes = patches.grid((6, 4), 2)
     keys = jax.random.split(jax.random.key(0), 600)

@@ -97,12 +97,34 @@ def apply(
         _channel(recipe, frame, array, subject.brain, brain_grid)
         for array in subject.images
     ]
-    return Prepared(
+    prepared = Prepared(
         image=np.stack(channels, axis=-1),
         brain=np.ascontiguousarray(brain_grid.transpose(2, 0, 1)),
         lesion=np.ascontiguousarray(lesion_grid.transpose(2, 0, 1)),
         geometry=_geometry(reference, frame),
         notes=notes,
+    )
+    return _turn(prepared) if recipe.turned else prepared
+
+
+def _turn(prepared: Prepared) -> Prepared:
+    """Turns axial slices by 180 degrees, from axes that grow to R, A to L, P."""
+    _, width, height = prepared.brain.shape
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flip[:2, 3] = width - 1, height - 1
+    placed = prepared.geometry
+
+    def turned(x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x[:, ::-1, ::-1])
+
+    return dataclasses.replace(
+        prepared,
+        image=turned(prepared.image),
+        brain=turned(prepared.brain),
+        lesion=turned(prepared.lesion),
+        geometry=dataclasses.replace(
+            placed, grid_to_native=placed.grid_to_native @ flip
+        ),
     )
 
 

@@ -35,6 +35,8 @@ class Recipe:
       mask_order: Mask interpolation: 0 nearest, 1 linear (half and more is inside).
       flow_steps: Iterations of curvature flow on the working grid.
       max_cropped: Largest share of the brain's voxels that may fall outside.
+      turned: Whether axes grow to L, P, S instead of R, A, S: axial slices are turned
+        by 180 degrees.
     """
 
     name: str
@@ -47,7 +49,24 @@ class Recipe:
     mask_order: int = 1
     flow_steps: int = 0
     max_cropped: float = 0.02
+    turned: bool = False
 
+
+# Behrendt et al. 2023 (pDDPM), load-time transform of the authors' code. The brain box
+# keeps its last voxel. Registration to SRI24 and N4 are not done: give scans that have
+# them.
+_BEHRENDT = Recipe(
+    name="behrendt",
+    grid=(96, 96, 50),
+    spacing=(2.0, 2.0, 2.0),
+    law=Law.BRAIN_PERCENTILES,
+    working_grid=(192, 192, 100),
+    start=(0.5, 0.5, 0.5),
+    order=3,
+    mask_order=0,
+    flow_steps=3,
+    max_cropped=0.2,
+)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -59,21 +78,9 @@ RECIPES: dict[str, Recipe] = {
             spacing=(2.0, 2.0, 2.0),
             law=Law.BRAIN_PERCENTILES,
         ),
-        # Behrendt et al. 2023 (pDDPM), load-time transform of the authors' code. Here
-        # axes grow to R, A, S (theirs to L, P, S), and the brain box keeps its last
-        # voxel. Registration to SRI24 and N4 are not done: give scans that have them.
-        Recipe(
-            name="behrendt",
-            grid=(96, 96, 50),
-            spacing=(2.0, 2.0, 2.0),
-            law=Law.BRAIN_PERCENTILES,
-            working_grid=(192, 192, 100),
-            start=(0.5, 0.5, 0.5),
-            order=3,
-            mask_order=0,
-            flow_steps=3,
-            max_cropped=0.2,
-        ),
+        _BEHRENDT,
+        # The authors' own axes, for weights that were trained with their code.
+        dataclasses.replace(_BEHRENDT, name="behrendt_lps", turned=True),
         # Baur et al. 2021 (comparative study), as on the 240 x 240 x 155 SRI24 grid
         # with the brain in its middle; masks are nearest, not cubic.
         Recipe(
@@ -93,8 +100,14 @@ RECIPES: dict[str, Recipe] = {
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
-    """Converts a recipe to plain JSON types."""
-    return dataclasses.asdict(recipe) | {"law": recipe.law.value}
+    """Converts a recipe to plain JSON types; `turned` only if it is set.
+
+    Recipes, and so their hashes, stay those of stores made before the field existed.
+    """
+    fields = dataclasses.asdict(recipe) | {"law": recipe.law.value}
+    if not recipe.turned:
+        del fields["turned"]
+    return fields
 
 
 def from_json(fields: Mapping[str, Any]) -> Recipe:
@@ -104,7 +117,7 @@ def from_json(fields: Mapping[str, Any]) -> Recipe:
       ValueError: If this is not the description of a recipe of this version.
     """
     known = {field.name for field in dataclasses.fields(Recipe)}
-    if set(fields) != known:
+    if set(fields) | {"turned"} != known:
         raise ValueError(
             f"The recipe {fields.get('name', '')!r} has the fields "
             f"{', '.join(sorted(fields))}; expected {', '.join(sorted(known))}. It "

@@ -339,7 +339,7 @@ def reconstruct(
     strength: float | Array = 1.0,
 ) -> Array:
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
-    keys = jax.random.split(key, image.shape[0]) if config.sample_at_test else None
+    keys = base.row_keys(key, image.shape[0]) if config.sample_at_test else None
     return autoencode(config, model.params, image, keys=keys)[0]
 
 

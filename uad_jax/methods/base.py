@@ -66,7 +66,8 @@ class Method(NamedTuple):
         the better, which selects the best checkpoint.
       score: (model, volumes, key) -> Scores; None for pretraining stages.
       reconstruct: (model, image [N, H, W, C], mask [N, H, W, 1], key, strength)
-        -> image; for priors and restoration.
+        -> image; for priors and restoration. The key is one [], or one per row [N]
+        (`sample_keys`): then no row depends on its place.
       features: (model, volumes) -> features computed once per volume and cached.
       filters_inside: True if `score` already filters its map, so that the
         evaluator must not post-process further.
@@ -125,6 +126,11 @@ def sample_keys(key: Key, uid: Array, slice_index: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(key, uid), index)
 
     return jax.vmap(one)(uid.astype(jnp.uint32), slice_index.astype(jnp.uint32))
+
+
+def row_keys(key: Key, count: int) -> Array:
+    """Keys of `count` rows [count]: as given, or split from one [] key."""
+    return key if key.ndim else jax.random.split(key, count)
 
 
 def single_optimizer(

@@ -12,7 +12,9 @@ further ones stand in docs/diffusion.md.
 import dataclasses
 import enum
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from uad_jax import denoising, denoising_config, noising, optim
 from uad_jax.methods import base
@@ -160,9 +162,10 @@ def reconstruct(
       model: Its parameters.
       image: [N, H, W, C] float32.
       mask: [N, H, W, 1] bool; not used.
-      key: Key of the noise.
+      key: Key of the noise, [], or one per slice [N].
       strength: Share of the schedule to noise to, in (0, 1], [] or [N] (a chain takes
-        a number only); None = as in scoring, the mean over the ensemble.
+        known number only, and shortens `chain_calls` to the steps there are); None =
+        as in scoring, the mean over the ensemble.
 
     Returns:
       [N, H, W, C] float32.
@@ -178,12 +181,12 @@ def reconstruct(
         args = config.process, config.scoring, len(image), strength
         steps = noising.noise_steps(*args)
         return _one_step(config, model, image, keys, steps)[:, 0]
-    if not isinstance(strength, float | int):
+    if isinstance(strength, jax.core.Tracer) or np.ndim(strength):
         raise TypeError(
             f"strength is a {type(strength).__name__}, but the length of a chain must "
             "be known when it is compiled. Pass a number."
         )
-    start = noising.strength_step(config.process, strength)
+    start = noising.strength_step(config.process, float(strength))
     return _chain(config, model, image, keys, start)
 
 

@@ -9,8 +9,9 @@ detection in brain MRI", and the released code.
 Deviations: the loss is the mean over the pixels of the box. The code averages over the
 whole slice, where all other pixels count 0, so its loss is this one times the box's
 share of the slice, 1/4 for 48 x 48 of 96 x 96. Adam does not see a constant factor;
-curves, clipping and sums with other losses do. Noise is drawn per slice, not once per
-batch (`process.shared_noise`).
+curves, clipping and sums with other losses do. With RANDOM_CUT the factor is no
+constant: the code weighs a row by what the border leaves of its box. Noise is drawn per
+slice, not once per batch (`process.shared_noise`).
 """
 
 import dataclasses

@@ -24,6 +24,7 @@ class Norm(enum.Enum):
     NONE = "none"  # the published results
     CHANNEL_AFFINE = "channel_affine"  # what "batch norm" is in the released code
     GROUP = "group"
+    LAYER = "layer"  # over the pixels of each channel; scale and shift per pixel
 
 
 class ChannelAffine(nn.Module):
@@ -53,6 +54,12 @@ def normalise(x: jax.Array, norm: Norm, dtype: Any) -> jax.Array:
     if norm is Norm.GROUP:
         groups = math.gcd(8, x.shape[-1])
         return nn.GroupNorm(num_groups=groups, epsilon=EPSILON, dtype=dtype)(x)
+    if norm is Norm.LAYER:
+        # The released code's LayerNormalization([1, 2]): parameters are [H, W].
+        axes = (1, 2)
+        return nn.LayerNorm(
+            reduction_axes=axes, feature_axes=axes, epsilon=EPSILON, dtype=dtype
+        )(x)
     return x
 
 

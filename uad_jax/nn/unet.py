@@ -78,6 +78,7 @@ class UNet(nn.Module):
       attention_levels: Levels with attention after each block; 0 = full resolution.
         The middle always attends.
       head_size: Channels per attention head.
+      num_heads: Attention heads of every level; 0 = as many as `head_size` gives.
       film: Whether the embedding scales and shifts the normalised features (FiLM);
         False: it is added before the normalisation.
       conditional: Whether a condition vector is embedded beside the step.
@@ -91,6 +92,7 @@ class UNet(nn.Module):
     num_blocks: int = 3
     attention_levels: Sequence[int] = ()
     head_size: int = 64
+    num_heads: int = 0
     film: bool = True
     conditional: bool = False
     remat: bool = False
@@ -182,7 +184,10 @@ class UNet(nn.Module):
 
     def _attend(self, x: jax.Array, name: str) -> jax.Array:
         module = nn.remat(Attention) if self.remat else Attention
-        return module(self.head_size, self.dtype, name=name)(x)
+        size = self.head_size
+        if self.num_heads:
+            size = x.shape[-1] // self.num_heads
+        return module(size, self.dtype, name=name)(x)
 
 
 class ResidualBlock(nn.Module):

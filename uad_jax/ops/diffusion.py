@@ -73,8 +73,12 @@ def q_sample(schedule: schedules.Schedule, x0: Array, t: Array, eps: Array) -> A
     Returns:
       sqrt(abar_t) * x0 + sqrt(1 - abar_t) * eps, [N, H, W, C] float32.
 
+    Raises:
+      ValueError: If a step whose value is known (outside `jit`) is out of range.
+
     Source: Ho et al. 2020, eq. 4.
     """
+    _check_steps("A diffusion step", t, schedule.num_steps)
     signal, noise = _shares(schedule, t, x0.ndim)
     return signal * x0 + noise * eps
 
@@ -378,12 +382,18 @@ def _is_zero(eta: float | Array) -> bool:
 def _check_chain(chain: Chain) -> None:
     if isinstance(chain.eta, float | int) and not 0 <= chain.eta <= 1:
         raise ValueError(f"eta is {chain.eta}; it must lie in [0, 1].")
-    if isinstance(chain.steps, np.ndarray):
-        steps, total = chain.steps, chain.schedule.num_steps
-        for step in (steps.max(), steps.min()):
-            schedules.check_t("A step of the chain", int(step), total)
-        if (np.diff(steps) >= 0).any():
-            raise ValueError(f"The steps of a chain must fall, found {steps.tolist()}.")
+    _check_steps("A step of the chain", chain.steps, chain.schedule.num_steps)
+    if isinstance(chain.steps, jax.core.Tracer):
+        return
+    steps = np.asarray(chain.steps)
+    if (np.diff(steps) >= 0).any():
+        raise ValueError(f"The steps of a chain must fall, found {steps.tolist()}.")
+
+
+def _check_steps(name: str, t: Array | np.ndarray, num_steps: int) -> None:
+    if not isinstance(t, jax.core.Tracer) and np.size(t):
+        for step in (np.max(t), np.min(t)):
+            schedules.check_t(name, int(step), num_steps)
 
 
 def _between(schedule: schedules.Schedule, t: Array, s: Array) -> tuple[Array, Array]:

@@ -177,20 +177,6 @@ def random_boxes(
     return jax.vmap(one)(keys)
 
 
-def insert(inside: Array, outside: Array, boxes: Grid) -> Array:
-    """Makes one copy of each image per box: one image in the box, another around it.
-
-    Args:
-      inside: What stands in the boxes, [N, H, W, C].
-      outside: What stands around them, [N, H, W, C].
-      boxes: The grid.
-
-    Returns:
-      [N, K, H, W, C].
-    """
-    return jnp.where(masks(boxes)[None], inside[:, None], outside[:, None])
-
-
 def extract(images: Array, boxes: Grid) -> Array:
     """Takes the boxes out of images, [N, H, W, C] to [N, K, patch, patch, C]."""
     side = boxes.patch
