@@ -122,3 +122,19 @@ def tiny_store(
         source_hash=f"{splits}-{grid}-{modalities}",
         workers=0,
     )
+
+
+def folded_store(directory: pathlib.Path) -> pathlib.Path:
+    """Writes a small store of three folds, of 2, 2 and 3 scans, and two test scans."""
+    scans = tiny_scans({"train": 7, "test": 2})
+    for number in range(7):
+        fold = min(number // 2, 2)
+        scans[number] = dataclasses.replace(scans[number], split=None, fold=fold)
+    return builder.build_from(
+        scans,
+        pathlib.Path(directory) / "store",
+        recipe={"name": "phantom", "spacing": [2.0, 2.0, 2.0]},
+        recipe_hash="phantom-1",
+        source_hash="folded",
+        workers=0,
+    )

@@ -8,6 +8,7 @@ import pytest
 
 from configs import smoke
 from uad_jax import alarms, loop, progress
+from uad_jax import members as members_lib
 
 
 def _take(watch: alarms.Watch, values: list[float], first: int, per_call: int) -> None:
@@ -56,22 +57,36 @@ def test_each_kind_has_its_own_warning_and_other_scalars_none(
 def test_the_train_loop_looks_at_alarms(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    stream = types.SimpleNamespace(spec=lambda: types.SimpleNamespace(valid=np.ones(8)))
+    members = [
+        members_lib.Member(
+            name=name,
+            place=place,
+            config=smoke.get_config(),
+            workdir=tmp_path / name,
+            stream=stream,  # type: ignore[arg-type]
+            validation=lambda step: [],
+            validate=None,
+            checkpoints=None,  # type: ignore[arg-type]
+            record=members_lib.Record(),
+        )
+        for place, name in enumerate(("seed=0", "seed=1"))
+    ]
     run = types.SimpleNamespace(
         config=smoke.get_config(),
-        stream=types.SimpleNamespace(
-            spec=lambda: types.SimpleNamespace(valid=np.ones(8))
-        ),
+        members=members,
+        active=members,
         programs=types.SimpleNamespace(
             cost=types.SimpleNamespace(flops=1.0), steps_per_call=100
         ),
         watch=progress.Stopwatch(),
-        workdir=tmp_path,
     )
     state: Any = None
-    bad: Any = {"loss": np.ones(100), alarms.FLAT_OUTPUT: np.full(100, 0.97)}
+    flat = np.stack([np.zeros(100), np.full(100, 0.97)], axis=1)
+    bad: Any = {"loss": np.ones((100, 2)), alarms.FLAT_OUTPUT: flat}
     caplog.set_level(logging.WARNING)
     with loop.Reporter(run, 0, show=False) as reporter:  # type: ignore[arg-type]
         for step in (100, 200, 300):
             reporter.take(step, bad, state)
             assert len(caplog.records) == (step == 300)  # settled one call late
-    assert "Step 200: alarm/flat_output = 0.97 for 200 steps" in caplog.text
+    assert "seed=1: Step 200: alarm/flat_output = 0.97 for 200 steps" in caplog.text

@@ -47,7 +47,7 @@ def test_reference_selection_draws_one_slice_of_every_healthy_volume(
 ) -> None:
     config = _config(store, Selection.REFERENCE)
     opened = sources.Store.open(store)
-    batches = train._validation(config, opened, Inputs(), mesh1)
+    batches = train.validation_batches(config, opened, Inputs(), mesh1)
     expected = sorted(
         volume.uid
         for volume in pipeline.select(opened, config.data, "val")
@@ -70,10 +70,10 @@ def test_reference_selection_draws_the_random_numbers_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The slices stay: what changes the loss is the noise."""
-    draw = train._validation
+    draw = train.validation_batches
     monkeypatch.setattr(
         train,
-        "_validation",
+        "validation_batches",
         lambda *args: lambda step: draw(*args)(0),
     )
     train.train(_config(store, Selection.REFERENCE), tmp_path, mesh=mesh1)

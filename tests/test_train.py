@@ -17,6 +17,7 @@ from uad_jax import (
     cost,
     divergence,
     loop,
+    members,
     saved_run,
     train,
     workdir,
@@ -379,12 +380,12 @@ def test_fault_A30_a_step_that_is_not_finite_is_never_a_checkpoint(
 
 
 def test_fault_A31_a_nan_never_is_the_best() -> None:
-    record = loop.Record()
+    record = members.Record()
     assert not record.validated(4, math.nan)
     assert record.validated(8, 2.0)
     assert not record.validated(12, math.nan)
     assert (record.best_step, record.since_best) == (8, 1)
-    assert loop.Record.saved(dataclasses.asdict(record)) == record
+    assert members.Record.saved(dataclasses.asdict(record)) == record
 
 
 def test_fault_A34_another_config_does_not_go_on_with_this_run(

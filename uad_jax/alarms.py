@@ -37,10 +37,16 @@ _MEANING = {
 
 
 class Watch:
-    """Counts how long each alarm lasts, and warns."""
+    """Counts how long each alarm lasts, and warns.
 
-    def __init__(self, patience: int = PATIENCE) -> None:
-        self._patience = patience
+    Args:
+      patience: Steps that it must last.
+      who: Which of several runs that one program trains, "seed=1"; "" if it is the
+        only one.
+    """
+
+    def __init__(self, patience: int = PATIENCE, who: str = "") -> None:
+        self._patience, self._who = patience, f"{who}: " if who else ""
         self._lasted: dict[str, int] = {}
         self._warned: set[str] = set()
 
@@ -64,7 +70,8 @@ class Watch:
     def _warn(self, name: str, step: int, value: float) -> None:
         self._warned.add(name)
         logging.warning(
-            "Step %d: %s = %.3g for %d steps: %s",
+            "%sStep %d: %s = %.3g for %d steps: %s",
+            self._who,
             step,
             name,
             value,

@@ -36,6 +36,8 @@ def stop(
     scalars: dict[str, float],
     rows: list[dict[str, int | str]],
     params: dict[str, Tree],
+    *,
+    member: str = "",
 ) -> NoReturn:
     """Writes down what is known and ends the run.
 
@@ -45,6 +47,8 @@ def stop(
       scalars: Its scalars, the gradient norm among them.
       rows: Subject, uid and slice index of the rows of its batch.
       params: The live parameters, after the update.
+      member: Which of several runs that one program trains, "seed=1"; "" if it is
+        the only one.
 
     Raises:
       Diverged: Always.
@@ -61,10 +65,12 @@ def stop(
         }
         workdir.write_json(path, note)
     bad = {name: value for name, value in scalars.items() if not math.isfinite(value)}
+    bad_ones = ", ".join(f"{name} = {value}" for name, value in bad.items())
+    who, others = (f"{member}: ", f", or leave {member} out") if member else ("", "")
     raise Diverged(
-        f"Step {step}: {', '.join(f'{k} = {v}' for k, v in bad.items())}. The batch's "
-        f"ids and the norms are in {path}; the last finite checkpoint is kept. Look at "
-        "the volumes named there, lower the learning rate, or set clip_norm."
+        f"{who}Step {step}: {bad_ones}. The batch's ids and the norms are in {path}; "
+        "the last finite checkpoint is kept. Look at the volumes named there, lower "
+        f"the learning rate, or set clip_norm{others}."
     )
 
 

@@ -2,22 +2,20 @@
 
 import dataclasses
 import math
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from uad_jax import alarms, distributed, divergence, programs, signals
-from uad_jax import checkpoint as checkpoint_lib
 from uad_jax import progress as progress_lib
 from uad_jax import writer as writer_lib
-from uad_jax.config import ExperimentConfig, Selection
+from uad_jax.config import Selection
 from uad_jax.data import pipeline
-from uad_jax.types import Batch, Scalars, TrainState
+from uad_jax.members import Member, Run
+from uad_jax.types import Scalars, TrainState
 
 NAN_DUMP = "nan_dump"
 
@@ -25,109 +23,25 @@ NAN_DUMP = "nan_dump"
 _VALIDATION_SEED = 0
 
 
-class TrainResult(NamedTuple):
-    """How a call of `train` ended.
-
-    Attributes:
-      step: Finished optimiser steps.
-      stopped: "done", "preempted" (by a signal; start again to go on) or "patience".
-      summary: Best step and loss, validations since then, seconds of training.
-    """
-
-    step: int
-    stopped: str
-    summary: dict[str, float]
-
-
-@dataclasses.dataclass
-class Record:
-    """What the loop remembers beside the train state; saved with each checkpoint.
-
-    Attributes:
-      best_loss: Lowest validation loss; NaN never is.
-      best_step: Its step, 0 before the first.
-      since_best: Validations since then.
-      train_seconds: Seconds of training so far.
-    """
-
-    best_loss: float = math.inf
-    best_step: int = 0
-    since_best: int = 0
-    train_seconds: float = 0.0
-
-    @classmethod
-    def saved(cls, metrics: Mapping[str, float]) -> "Record":
-        """Reads the record that was saved with a checkpoint."""
-        record = cls()
-        for field in dataclasses.fields(cls):
-            if field.name in metrics:
-                value = metrics[field.name]
-                setattr(record, field.name, type(getattr(record, field.name))(value))
-        return record
-
-    def validated(self, step: int, loss: float) -> bool:
-        """Takes one validation loss; True if it is the best."""
-        if loss < self.best_loss:
-            self.best_loss, self.best_step, self.since_best = loss, step, 0
-            return True
-        self.since_best += 1
-        return False
-
-    def out_of_patience(self, patience: int) -> bool:
-        """Whether there were `patience` validations without a better loss."""
-        return 0 < patience <= self.since_best
-
-    def result(self, step: int, stopped: str) -> TrainResult:
-        """What `train` returns."""
-        return TrainResult(step, stopped, dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What stays the same while the loop runs.
-
-    Attributes:
-      config: The experiment.
-      workdir: Directory of the run.
-      mesh: The data mesh.
-      stream: The training batches.
-      validation: The validation batches of a step, on the mesh; may be empty.
-      programs: The compiled programs.
-      checkpoints: Where checkpoints go.
-      watch: Where the time goes.
-      evaluate: Called with the step of a complete checkpoint, every
-        `train.evaluate_every` steps; what it returns is written as "eval/NAME".
-    """
-
-    config: ExperimentConfig
-    workdir: pathlib.Path
-    mesh: Mesh
-    stream: pipeline.TrainStream
-    validation: Callable[[int], Sequence[Batch]]
-    programs: programs.Programs
-    checkpoints: checkpoint_lib.Checkpoints
-    watch: progress_lib.Stopwatch
-    evaluate: Callable[[int], Mapping[str, float]] | None = None
-
-
 def loop(
     run: Run,
     state: TrainState,
     start: int,
-    record: Record,
     stop: signals.StopSignal,
     show: bool,
-) -> TrainResult:
+) -> tuple[int, str]:
     """Trains from step `start` to the end, a signal, or the end of the patience.
 
     The scalars of a call are fetched after the next call was dispatched, so that the
     device never waits for the host; before a validation or a save they are fetched at
     once, so that no checkpoint precedes the proof that its step was finite.
+
+    Returns:
+      Finished steps, and "done", "preempted" or "patience".
     """
     every, total = run.config.train, run.config.total_steps
-    run.watch.start(record.train_seconds)
+    run.watch.start(max(one.record.train_seconds for one in run.active))
     stride = run.programs.steps_per_call
-    key = programs.run_key(run.config.seed, run.mesh)
     stack = stride if stride > 1 else None
     step, stopped = start, "done"
     with (
@@ -138,7 +52,7 @@ def loop(
             with jax.transfer_guard("disallow"):
                 with run.watch.wait():
                     batch = next(batches)
-                state, scalars = run.programs.update(state, batch, key)
+                state, scalars = run.programs.update(state, batch, run.key)
                 del batch
                 step += stride
                 reporter.take(step, scalars, state)
@@ -150,22 +64,26 @@ def loop(
             if not (validate or save or stopped == "preempted"):
                 continue
             reporter.settle(state)
-            losses: dict[str, float] = {}
-            if validate and run.programs.validate is not None:
-                losses = _validate(run, state, step)
-                reporter.validated(step, losses)
-                save |= record.validated(step, losses["loss"])
-            if record.out_of_patience(every.patience):
+            active = run.active
+            losses: list[dict[str, float]] = [{} for _ in active]
+            if validate:
+                losses = [_validate(run, one, state, step) for one in active]
+                for one, found in zip(active, losses, strict=True):
+                    save |= _validated(one, step, found, reporter)
+            save |= len(run.active) < len(active)  # the last step of some
+            if not run.active:
                 stopped = "patience"
             if save or stopped != "done":
-                _save(run, step, state, losses, record)
+                _save(run, step, state, active, losses)
             if evaluate and stopped == "done":
-                reporter.evaluated(step, _evaluate(run, step))
+                for one in active:
+                    reporter.evaluated(one, step, _evaluate(run, one, step))
             if stopped != "done":
                 break
-        run.checkpoints.wait()
+        for one in run.members:
+            one.checkpoints.wait()
     if step >= total:
-        return record.result(step, "done")
+        return step, "done"
     if stopped == "preempted":
         logging.warning(
             "%s: saved step %d of %d. Start the same command again to go on.",
@@ -173,20 +91,21 @@ def loop(
             step,
             total,
         )
-    return record.result(step, stopped)
+    return step, stopped
 
 
 def _evaluation_due(run: Run, step: int) -> bool:
     every = run.config.train.evaluate_every
-    return run.evaluate is not None and every > 0 and step % every == 0
+    asked = any(one.evaluate is not None for one in run.members)
+    return asked and every > 0 and step % every == 0
 
 
-def _evaluate(run: Run, step: int) -> Mapping[str, float]:
+def _evaluate(run: Run, member: Member, step: int) -> Mapping[str, float]:
     """Evaluates the checkpoint just saved, from disk, as it is done offline."""
-    assert run.evaluate is not None
+    assert member.evaluate is not None
     with run.watch.charge("eval"):
-        run.checkpoints.wait()
-        return run.evaluate(step)
+        member.checkpoints.wait()
+        return member.evaluate(step)
 
 
 def _asked_to_stop(stop: signals.StopSignal, step: int, log_every: int) -> bool:
@@ -196,16 +115,19 @@ def _asked_to_stop(stop: signals.StopSignal, step: int, log_every: int) -> bool:
     return distributed.any_process(stop.received is not None)
 
 
-def _validate(run: Run, state: TrainState, step: int) -> dict[str, float]:
-    """Means over the valid rows of the validation set."""
-    assert run.programs.validate is not None
+def _validate(
+    run: Run, member: Member, state: TrainState, step: int
+) -> dict[str, float]:
+    """Means over the valid rows of the validation set; empty without one."""
+    if member.validate is None:
+        return {}
     with run.watch.charge("eval"):
         key = programs.run_key(_VALIDATION_SEED, run.mesh)
         if run.config.train.selection is Selection.REFERENCE:
             key = jax.random.fold_in(key, step)
-        batches = run.validation(step)
-        parts = [run.programs.validate(state, batch, key) for batch in batches]
-        fetched = jax.device_get(parts)
+        own = run.part(state, member)
+        batches = member.validation(step)
+        fetched = jax.device_get([member.validate(own, one, key) for one in batches])
     counts = np.array([count for _, count in fetched], np.float64)
     return {
         name: float(
@@ -215,29 +137,64 @@ def _validate(run: Run, state: TrainState, step: int) -> dict[str, float]:
     }
 
 
+def _validated(
+    member: Member, step: int, losses: dict[str, float], reporter: "Reporter"
+) -> bool:
+    """Writes down a validation; True if it is the member's best."""
+    if not losses:
+        return False
+    reporter.validated(member, step, losses)
+    return member.record.validated(step, losses["loss"])
+
+
 def _save(
-    run: Run, step: int, state: TrainState, losses: dict[str, float], record: Record
+    run: Run,
+    step: int,
+    state: TrainState,
+    members: Sequence[Member],
+    losses: Sequence[Mapping[str, float]],
 ) -> None:
+    """Saves some members with the losses of this step, if any.
+
+    All earlier saves are complete before the first one begins: whenever the process is
+    killed, there is a step that all members have.
+    """
     with run.watch.charge("save"):
-        record.train_seconds = run.watch.train
-        metrics = {**dataclasses.asdict(record), **losses}
-        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        run.checkpoints.save(step, state, metrics=finite)
+        for member in members:
+            member.checkpoints.wait()
+        for member, own in zip(members, losses, strict=True):
+            member.record.train_seconds = run.watch.train
+            metrics = {**dataclasses.asdict(member.record), **own}
+            finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+            member.checkpoints.save(step, run.part(state, member), metrics=finite)
+
+
+class _Log:
+    """The metrics of one member."""
+
+    def __init__(self, run: Run, member: Member, start: int) -> None:
+        rows = member.stream.spec().valid.size  # slices, also where rows are slabs
+        self.member = member
+        self.alarms = alarms.Watch(who=member.name)
+        self.meter = progress_lib.Meter(run.watch, rows)
+        self.writer = writer_lib.MetricWriter(member.workdir, resume_step=start)
+        self._flops = run.programs.cost.flops / (rows * len(run.members))
+
+    def line(self, step: int) -> dict[str, float]:
+        """Writes and returns a line of metrics."""
+        metrics = self.meter.line() | {"perf/flops_per_slice": self._flops}
+        self.writer.write(step, metrics)
+        return metrics
 
 
 class Reporter:
     """Takes the scalars of each call, one call late; writes, shows, and stops NaN."""
 
     def __init__(self, run: Run, start: int, show: bool) -> None:
-        config = run.config
-        rows = run.stream.spec().valid.size  # slices, also where rows are slabs
         self._run = run
-        self._flops = run.programs.cost.flops / rows
-        self._meter = progress_lib.Meter(run.watch, rows)
-        self._writer = writer_lib.MetricWriter(run.workdir, resume_step=start)
+        self._logs = {one.workdir: _Log(run, one, start) for one in run.active}
         shown = show and distributed.is_main()
-        self._bar = progress_lib.Bar(config.total_steps, start, shown)
-        self._alarms = alarms.Watch()
+        self._bar = progress_lib.Bar(run.config.total_steps, start, shown)
         self._pending: tuple[int, Scalars] | None = None
 
     def __enter__(self) -> "Reporter":
@@ -245,7 +202,8 @@ class Reporter:
 
     def __exit__(self, *exception: Any) -> None:
         self._bar.close()
-        self._writer.close()
+        for log in self._logs.values():
+            log.writer.close()
 
     def take(self, step: int, scalars: Scalars, state: TrainState) -> None:
         """Settles the call before, while the device works on this one."""
@@ -260,53 +218,69 @@ class Reporter:
         """
         if self._pending is None:
             return
-        step, scalars = self._pending[0], jax.device_get(self._pending[1])
+        step, fetched = self._pending[0], jax.device_get(self._pending[1])
         self._pending = None
-        bad = divergence.first_bad(scalars)
-        if bad is not None:
-            bad_step = step - self._run.programs.steps_per_call + bad + 1
-            values = {name: float(x[bad]) for name, x in scalars.items()}
-            rows = self._rows(bad_step - 1)
-            with jax.transfer_guard("allow"):
-                divergence.stop(
-                    self._run.workdir / NAN_DUMP,
-                    bad_step,
-                    values,
-                    rows,
-                    state.model.params,
-                )
-        self._alarms.take(step, scalars)
-        self._meter.add(scalars)
+        logs = [self._logs[one.workdir] for one in self._run.active]
+        for log in logs:
+            scalars = log.member.scalars(fetched)
+            bad = divergence.first_bad(scalars)
+            if bad is not None:
+                step += bad + 1 - self._run.programs.steps_per_call
+                values = {name: float(x[bad]) for name, x in scalars.items()}
+                self._stop(log.member, step, values, state)
+            log.alarms.take(step, scalars)
+            log.meter.add(scalars)
         self._bar.advance(self._run.programs.steps_per_call)
         config = self._run.config
         if step % config.train.log_every == 0 or step >= config.total_steps:
-            metrics = self._meter.line() | {"perf/flops_per_slice": self._flops}
-            self._writer.write(step, metrics)
-            self._bar.show(step, metrics)
+            self._bar.show(step, _together([log.line(step) for log in logs]))
 
-    def validated(self, step: int, losses: dict[str, float]) -> None:
+    def _stop(
+        self, member: Member, step: int, scalars: dict[str, float], state: TrainState
+    ) -> NoReturn:
+        with jax.transfer_guard("allow"):
+            divergence.stop(
+                member.workdir / NAN_DUMP,
+                step,
+                scalars,
+                _rows(member.stream, step - 1),
+                self._run.part(state, member).model.params,
+                member=member.name,
+            )
+
+    def validated(self, member: Member, step: int, losses: dict[str, float]) -> None:
         """Writes the scalars of a validation."""
-        self._writer.write(
+        self._logs[member.workdir].writer.write(
             step, {f"validation/{name}": value for name, value in losses.items()}
         )
         if not math.isfinite(losses["loss"]):
             logging.warning(
-                "The validation loss of step %d is %s; it cannot be the best.",
+                "%sThe validation loss of step %d is %s; it cannot be the best.",
+                f"{member.name}: " if member.name else "",
                 step,
                 losses["loss"],
             )
 
-    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+    def evaluated(
+        self, member: Member, step: int, figures: Mapping[str, float]
+    ) -> None:
         """Writes the figures of a full evaluation."""
-        self._writer.write(
+        self._logs[member.workdir].writer.write(
             step, {f"eval/{name}": value for name, value in figures.items()}
         )
 
-    def _rows(self, batch: int) -> list[dict[str, int | str]]:
-        """What was in a global batch, with names for people."""
-        stream = self._run.stream
-        names = {volume.uid: volume.subject for volume in stream.volumes}
-        return [
-            {"subject": names[uid], "uid": uid, "slice_index": index}
-            for uid, index in stream.ids(batch)
-        ]
+
+def _together(lines: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What the progress bar shows: the mean loss, and the slices of all members."""
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    shown = {"perf/slices_per_second": sum(x["perf/slices_per_second"] for x in lines)}
+    return shown | ({"train/loss": float(np.mean(losses))} if losses else {})
+
+
+def _rows(stream: pipeline.TrainStream, batch: int) -> list[dict[str, int | str]]:
+    """What was in a global batch, with names for people."""
+    names = {volume.uid: volume.subject for volume in stream.volumes}
+    return [
+        {"subject": names[uid], "uid": uid, "slice_index": index}
+        for uid, index in stream.ids(batch)
+    ]

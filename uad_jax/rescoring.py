@@ -42,6 +42,7 @@ def rescore(
     """
     config_lib.validate(config)
     given = config_lib.to_dict(config)
+    workdir_lib.refuse_ensemble(workdir, f"Name one of them: {workdir}/MEMBER")
     stored = workdir_lib.read_json(workdir / workdir_lib.CONFIG)
     completed = functools.partial(config_lib.completed, config)
     changes = workdir_lib.difference(completed(stored), given)

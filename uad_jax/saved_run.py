@@ -91,6 +91,7 @@ def opened(
     Raises:
       workdir.WorkdirError: If this is not the workdir of a run.
     """
+    workdir_lib.refuse_ensemble(workdir, f"Name one of them: {workdir}/MEMBER")
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     checkpoints = checkpoint_lib.Checkpoints(
         workdir / train.CHECKPOINTS, read_only=True

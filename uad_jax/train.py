@@ -25,7 +25,7 @@ from uad_jax import workdir as workdir_lib
 from uad_jax.config import ExperimentConfig, Selection
 from uad_jax.data import pipeline, profile, sources
 from uad_jax.data.config import Sampling
-from uad_jax.loop import TrainResult
+from uad_jax.members import Member, Record, Run, TrainResult
 from uad_jax.methods.base import Inputs, Method, RunShape
 from uad_jax.types import Batch, TrainState
 
@@ -71,7 +71,7 @@ def train(
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
-    _check_rows(config, mesh)
+    check_rows(config, mesh)
     if config.train.evaluate_every and jax.process_count() > 1:
         raise ValueError(
             f"train.evaluate_every is {config.train.evaluate_every}, but full "
@@ -101,17 +101,20 @@ def train(
                 )
                 return done
             with cost_lib.explained(config.batch_size, mesh):
-                run, method = _prepare(
-                    config, workdir, mesh, checkpoints, accept_data_change
+                run, state, start = _prepare(
+                    config, workdir, mesh, checkpoints, accept_data_change, evaluate
                 )
-                with run.watch.charge("compile"):
-                    state, start, record = _first_state(run, method)
             with cost_lib.explained(config.batch_size, mesh, run.programs.cost):
-                run = dataclasses.replace(run, evaluate=evaluate)
-                return loop.loop(run, state, start, record, stop, progress)
+                step, stopped = loop.loop(run, state, start, stop, progress)
+                return run.members[0].record.result(step, stopped)
 
 
-def _check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
+def check_rows(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Makes sure that the devices divide the batch.
+
+    Raises:
+      ValueError: If they do not.
+    """
     if config.batch_size % mesh.size:
         below = config.batch_size // mesh.size * mesh.size
         raise ValueError(
@@ -127,7 +130,7 @@ def finished(
     step = checkpoints.latest()
     if step is None:
         return None
-    record = loop.Record.saved(checkpoints.metrics(step))
+    record = Record.saved(checkpoints.metrics(step))
     if step >= config.total_steps:
         return record.result(step, "done")
     if record.out_of_patience(config.train.patience):
@@ -170,7 +173,7 @@ def describe(
         shapes = {"run": shape._asdict(), "batch": spec_to_json(stream.spec())}
         workdir_lib.write_json(workdir / SHAPES, shapes)
         _write_profile(config, workdir, store, stream)
-        _keep_config_file(config, workdir)
+        keep_config_file(config, workdir)
     return store, stream, config.method.make(shape)
 
 
@@ -180,34 +183,58 @@ def _prepare(
     mesh: Mesh,
     checkpoints: checkpoint_lib.Checkpoints,
     accept_data_change: bool,
-) -> tuple[loop.Run, Method]:
-    """Opens the data, builds the method and compiles its programs."""
+    evaluate: Callable[[int], Mapping[str, float]] | None,
+) -> tuple[Run, TrainState, int]:
+    """Opens the data, builds the method, compiles, and restores or initialises.
+
+    Returns:
+      The run, the train state to go on from, and its step.
+    """
     watch = progress_lib.Stopwatch()
     store, stream, method = describe(config, workdir, mesh, accept_data_change)
     spec = stream.spec()
-    validation = _validation(config, store, method.inputs, mesh)
+    validation = validation_batches(config, store, method.inputs, mesh)
     with watch.charge("compile"):
         built = programs.build(
             method, spec, validation(0), mesh, _steps_per_call(config, mesh)
         )
-    rows = spec.valid.size
+    log_cost(watch, built.cost, spec.valid.size)
+    with watch.charge("compile"):
+        state, start, record = _first_state(config, method, spec, mesh, checkpoints)
+    check_start(start, built.steps_per_call)
+    if distributed.is_main():
+        write_parameters(workdir, state)
+    member = Member(
+        config=config,
+        workdir=workdir,
+        stream=stream,
+        validation=validation,
+        validate=built.validate,
+        checkpoints=checkpoints,
+        record=record,
+        evaluate=evaluate,
+    )
+    run = Run(
+        config=config,
+        members=[member],
+        stream=stream,
+        key=programs.run_key(config.seed, mesh),
+        programs=built,
+        part=lambda state, member: state,
+        watch=watch,
+        mesh=mesh,
+    )
+    return run, state, start
+
+
+def log_cost(watch: progress_lib.Stopwatch, cost: cost_lib.Cost, slices: int) -> None:
+    """Says what compiling took and what a step of so many slices costs."""
     logging.info(
         "Compiled in %.1f s: %.3g FLOPs per slice, %.2f GiB per device.",
         watch.seconds["compile"],
-        built.cost.flops / rows,
-        built.cost.total_bytes / 2**30,
+        cost.flops / slices,
+        cost.total_bytes / 2**30,
     )
-    run = loop.Run(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        stream=stream,
-        validation=validation,
-        programs=built,
-        checkpoints=checkpoints,
-        watch=watch,
-    )
-    return run, method
 
 
 def _write_profile(
@@ -234,7 +261,7 @@ def _write_profile(
     )
 
 
-def _keep_config_file(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+def keep_config_file(config: ExperimentConfig, workdir: pathlib.Path) -> None:
     """Copies the file of a config beside the run, unless it comes with this code."""
     path = pathlib.Path(config.source.partition(":")[0])
     if path.is_file() and not path.resolve().is_relative_to(_CONFIGS):
@@ -257,7 +284,7 @@ def _steps_per_call(config: ExperimentConfig, mesh: Mesh) -> int:
     return programs.steps_per_call(config.train.steps_per_call, mesh)
 
 
-def _validation(
+def validation_batches(
     config: ExperimentConfig, store: sources.Store, inputs: Inputs, mesh: Mesh
 ) -> Callable[[int], list[Batch]]:
     """Batches to validate a step on: of healthy volumes; none if there are none."""
@@ -292,41 +319,61 @@ def _validation(
     return lambda step: fixed
 
 
-def _first_state(run: loop.Run, method: Method) -> tuple[TrainState, int, loop.Record]:
+def _first_state(
+    config: ExperimentConfig,
+    method: Method,
+    spec: Batch,
+    mesh: Mesh,
+    checkpoints: checkpoint_lib.Checkpoints,
+) -> tuple[TrainState, int, Record]:
     """The state to go on from: own checkpoint, else warm start, else scratch."""
-    config, spec = run.config, run.stream.spec()
-    if run.checkpoints.latest() is not None:
-        abstract = programs.abstract_state(method, spec, run.mesh)
-        state, start = run.checkpoints.restore(abstract)
-        record = loop.Record.saved(run.checkpoints.metrics(start))
-        origin = f"resumed at step {start}"
-    else:
-        state, start, record = (
-            programs.init(method, spec, config.seed, run.mesh),
-            0,
-            loop.Record(),
+    if checkpoints.latest() is not None:
+        abstract = programs.abstract_state(method, spec, mesh)
+        state, start = checkpoints.restore(abstract)
+        logging.info(
+            "Training is resumed at step %d, to step %d.", start, config.total_steps
         )
-        origin = "from scratch"
-        entries = [
-            (entry.workdir, entry.step, entry.source_prefix, entry.target_prefix)
-            for entry in config.train.warm_start
-        ]
-        if entries:
-            state, fresh = warm_start_lib.warm_start(state, entries, run.mesh)
-            origin = f"warm start, {len(fresh)} leaves fresh"
-    if start % run.programs.steps_per_call:
+        return state, start, Record.saved(checkpoints.metrics(start))
+    state = warm_started(config, programs.init(method, spec, config.seed, mesh), mesh)
+    return state, 0, Record()
+
+
+def warm_started(config: ExperimentConfig, state: TrainState, mesh: Mesh) -> TrainState:
+    """Takes parameters of other runs into a fresh state, where the config asks."""
+    entries = [
+        (entry.workdir, entry.step, entry.source_prefix, entry.target_prefix)
+        for entry in config.train.warm_start
+    ]
+    if not entries:
+        logging.info("From scratch, to step %d.", config.total_steps)
+        return state
+    state, fresh = warm_start_lib.warm_start(state, entries, mesh)
+    logging.info(
+        "Warm start, %d leaves fresh, to step %d.", len(fresh), config.total_steps
+    )
+    return state
+
+
+def check_start(start: int, steps_per_call: int) -> None:
+    """Makes sure that the calls of the update meet the steps that are due.
+
+    Raises:
+      ValueError: If they do not.
+    """
+    if start % steps_per_call:
         raise ValueError(
             f"The checkpoint is of step {start}, not a multiple of "
-            f"train.steps_per_call = {run.programs.steps_per_call}. Use steps_per_call "
-            "= 1 until a multiple was saved."
+            f"train.steps_per_call = {steps_per_call}. Use steps_per_call = 1 until a "
+            "multiple was saved."
         )
-    if distributed.is_main():
-        overview = parameter_overview.get_parameter_overview(state.model.params)
-        (run.workdir / PARAMETERS).write_text(f"{overview}\n", encoding="utf-8")
-        total = overview.rstrip().splitlines()[-1]
-        logging.info("%s: %s, to step %d.", run.workdir, origin, config.total_steps)
-        logging.info("Parameters: %s; by layer in %s.", total, PARAMETERS)
-    return state, start, record
+
+
+def write_parameters(workdir: pathlib.Path, state: TrainState) -> None:
+    """Writes the table of parameters of a run."""
+    overview = parameter_overview.get_parameter_overview(state.model.params)
+    (workdir / PARAMETERS).write_text(f"{overview}\n", encoding="utf-8")
+    total = overview.rstrip().splitlines()[-1]
+    logging.info("%s: %s; by layer in %s.", workdir, total, PARAMETERS)
 
 
 def spec_to_json(spec: Batch) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from absl import logging
 from uad_jax import environment, integrity
 
 CONFIG = "config.json"
+ENSEMBLE = "ensemble.json"  # in a directory of several runs, one folder each
 ENVIRONMENT = "env.json"
 FINGERPRINT = "data_fingerprint.json"
 PROFILE = "data_profile.json"  # which modalities the model knows, and their look
@@ -157,6 +158,7 @@ def check_config(
     Raises:
       WorkdirError: Lists every change that would make it another run.
     """
+    refuse_ensemble(workdir, "Give --ensemble too, or another --workdir")
     path = workdir / CONFIG
     changes = {}
     begun = _has_begun(workdir)
@@ -192,6 +194,7 @@ def refuse_another_config(
     Raises:
       WorkdirError: Lists every change that would make it another run.
     """
+    refuse_ensemble(workdir, f"Name one of them: {workdir}/MEMBER")
     stored = read_json(workdir / CONFIG)
     changes = difference(completed(stored) if completed else stored, config)
     refused = {k: v for k, v in changes.items() if not _may_change(k)}
@@ -202,6 +205,24 @@ def refuse_another_config(
             + "\nUse the stored values, or another --workdir."
         )
     return changes
+
+
+def refuse_ensemble(workdir: pathlib.Path, remedy: str) -> None:
+    """Makes sure that a directory is not that of an ensemble.
+
+    Args:
+      workdir: The directory.
+      remedy: What to do, for the error.
+
+    Raises:
+      WorkdirError: If it is.
+    """
+    if (workdir / ENSEMBLE).is_file():
+        raise WorkdirError(
+            f"{workdir} holds an ensemble, not a single run: its members are the "
+            f"folders {', '.join(read_json(workdir / ENSEMBLE)['members'])} in it. "
+            f"{remedy}."
+        )
 
 
 def refuse_another_recipe(workdir: pathlib.Path, recipe: Mapping[str, Any]) -> None:

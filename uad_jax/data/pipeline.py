@@ -13,7 +13,6 @@ import numpy as np
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from uad_jax import mesh as mesh_lib
 from uad_jax.data import order, placement, reading, sources, splits
 from uad_jax.data.config import DataConfig, Placement, Sampling
 from uad_jax.types import Batch, Labels, Volumes
@@ -174,25 +173,11 @@ class TrainStream:
         index, count = process
         rows = batch_size // count
         self._rows = slice(index * rows, (index + 1) * rows)
-        self.placement = self._place()
+        self.placement = placement.chosen(
+            config, store, volumes, len(self._channels), mesh
+        )
         self._resident: placement.Resident | None = None
         self.fingerprint = self._fingerprint(seed)
-
-    def _place(self) -> Placement:
-        if self._config.placement is not Placement.AUTO:
-            return self._config.placement
-        _, height, width, _ = self._store.grid
-        pixel = len(self._channels) * self._store.dtype.itemsize + 1
-        size = sum(v.depth for v in self.volumes) * height * width * pixel
-        devices = self._mesh.local_devices
-        if devices[0].platform == "cpu":  # virtual devices share one memory
-            size *= len(devices)
-        budget = self._config.device_budget_gib * 2**30
-        limit = mesh_lib.device_bytes(devices[0])
-        if limit:
-            budget = min(budget, limit / 4)  # the rest is for the model
-        fits = size <= budget
-        return Placement.DEVICE if fits else Placement.STREAM
 
     def _fingerprint(self, seed: int) -> str:
         depends_on = [
@@ -230,6 +215,10 @@ class TrainStream:
     def ids(self, step: int) -> list[tuple[int, int]]:
         """Volume and (first) slice of every row of global batch `step`."""
         return [(int(uid), int(z)) for uid, z in self._order[step]]
+
+    def block(self, step: int) -> np.ndarray:
+        """Volume and (first) slice of this process's rows of a batch, [b, 2] int32."""
+        return self._order[step][self._rows]
 
     def batches(
         self, start_step: int = 0, *, stack: int | None = None
@@ -297,9 +286,7 @@ class TrainStream:
                 lesion=self._inputs.needs_lesion,
             )
         for step in itertools.count(start_step, stack or 1):
-            blocks = [
-                self._order[n][self._rows] for n in range(step, step + (stack or 1))
-            ]
+            blocks = [self.block(n) for n in range(step, step + (stack or 1))]
             block = blocks[0] if stack is None else np.stack(blocks)
             uid, z = reading.spread(block, self._inputs.num_slices)
             yield self._resident.batch(uid, z, stacked=stack is not None)

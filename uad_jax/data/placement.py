@@ -12,9 +12,33 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uad_jax import mesh as mesh_lib
 from uad_jax.data import sources
+from uad_jax.data.config import DataConfig, Placement
 from uad_jax.types import Array, Batch
 
 T = TypeVar("T")
+
+
+def chosen(
+    config: DataConfig,
+    store: sources.Store,
+    volumes: Sequence[sources.VolumeInfo],
+    num_channels: int,
+    mesh: Mesh,
+) -> Placement:
+    """Where the training volumes live: as configured, or as their size allows."""
+    if config.placement is not Placement.AUTO:
+        return config.placement
+    _, height, width, _ = store.grid
+    pixel = num_channels * store.dtype.itemsize + 1
+    size = sum(v.depth for v in volumes) * height * width * pixel
+    devices = mesh.local_devices
+    if devices[0].platform == "cpu":  # virtual devices share one memory
+        size *= len(devices)
+    budget = config.device_budget_gib * 2**30
+    limit = mesh_lib.device_bytes(devices[0])
+    if limit:
+        budget = min(budget, limit / 4)  # the rest is for the model
+    return Placement.DEVICE if size <= budget else Placement.STREAM
 
 
 def sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
