@@ -4,6 +4,7 @@
     python run.py check-data  --source=DIR               find files that cannot be used
     python run.py prepare     --source=DIR --store=DIR   make slices of scans, once
     python run.py train       --config=FILE --workdir=DIR --config.data.store=DIR
+    python run.py train       ... --ensemble=seed:5      several runs in one program
     python run.py evaluate    --workdir=DIR              metrics and report
     python run.py evaluate    --workdir=DIR --steps=all  many checkpoints [--watch]
     python run.py evaluate    --workdir=DIR --protocol=baur
@@ -31,7 +32,6 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         "virtual environment with one of those." % sys.version_info[:2]
     )
 
-import functools
 import pathlib
 from typing import Any
 
@@ -99,6 +99,11 @@ _REFERENCE = flags.DEFINE_bool(
 _ACCEPT_DATA_CHANGE = flags.DEFINE_bool(
     "accept_data_change", False, "Resume although the training data changed."
 )
+_ENSEMBLE = flags.DEFINE_string(
+    "ensemble",
+    "",
+    "train: runs to train in one program: seed:5, fold:5, method.kl_weight:0.1,1,10.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts of this job (jax.distributed)."
 )
@@ -143,23 +148,21 @@ def _check_data() -> int:
 
 
 def _train() -> int:
-    from uad_jax import distributed, evaluate, evaluation, train
+    from uad_jax import calibrated_training, distributed, train
 
     _need("config", "workdir")
     if _DISTRIBUTED.value:
         distributed.initialize()
-    config, workdir = _new_experiment(), pathlib.Path(_WORKDIR.value)
-    if config.train.evaluate_every:
-        evaluation.check_sets(config)
-    result = train.train(
-        config,
+    workdir = pathlib.Path(_WORKDIR.value)
+    ended, has_thresholds = calibrated_training.train_calibrated(
+        _new_experiment(),
         workdir,
+        ensemble=_ENSEMBLE.value,
         accept_data_change=_ACCEPT_DATA_CHANGE.value,
-        evaluate=functools.partial(evaluate.figures_of_step, config, workdir),
     )
-    if result.stopped == "preempted":
+    if not ended:
         return train.EXIT_PREEMPTED
-    if evaluate.calibrate(config, workdir):
+    if has_thresholds:
         print(f"Trained. Next: python run.py evaluate --workdir={workdir}")
     return 0
 
@@ -190,7 +193,14 @@ def _import() -> None:
 
 
 def _evaluate() -> None:
-    from uad_jax import by_step, evaluate, evaluation, report
+    from uad_jax import (
+        by_step,
+        ensembles,
+        evaluate,
+        evaluate_ensemble,
+        evaluation,
+        report,
+    )
     from uad_jax import results as results_lib
 
     _need("workdir")
@@ -211,6 +221,10 @@ def _evaluate() -> None:
             config.evaluation.sets = evaluation.sets_of_stores(config, stores)
         if _PROTOCOL.value:
             config.evaluation.sets = evaluation.sets_with(config, _PROTOCOL.value)
+        axis = None if several else ensembles.read(workdir)
+        if axis is not None:
+            print(evaluate_ensemble.evaluated(config, axis, workdir, _STEP.value))
+            return
         if several:
             steps = _STEPS.value or "all"
             rows = by_step.evaluate_steps(

@@ -8,7 +8,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,7 @@ class Context:
       config: The run's config; None for maps made elsewhere.
       checkpoint: Hash of the checkpoint; "" for maps made elsewhere.
       validation: Whether validation scans can be scored, for thresholds.
+      facts: What the results say of what is evaluated, where it is not one checkpoint.
     """
 
     scorer: str
@@ -67,6 +68,7 @@ class Context:
     config: ExperimentConfig | None = None
     checkpoint: str = ""
     validation: bool = True
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def select(self, store: Store, split: str) -> list[VolumeInfo]:
         """The volumes of one split that have the model's modalities."""

@@ -62,7 +62,7 @@ def run_facts(context: Context) -> dict[str, Any]:
         "training": None,
     }
     if config is None or context.step is None:
-        return facts
+        return {**facts, **context.facts}
     lines = writer.read_metrics(context.workdir)
     imported = workdir_lib.imported(context.workdir, context.step)
     state = training_state.training_state(config, context.step, lines)
