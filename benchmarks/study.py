@@ -48,6 +48,8 @@ CONFIGS = {
     "spark": ("spark", "cpu"),
     "cddpm": ("cddpm", "cpu"),
     "cddpm_spark": ("cddpm", "cpu"),  # starts from the run of spark with its seed
+    "ce": ("context", "variant=ce,cpu"),
+    "cevae": ("context", "variant=cevae,cpu"),
     "dae": ("dae", "cpu"),
     "anoddpm": ("ddpm", "anoddpm,cpu"),
 }

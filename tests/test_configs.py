@@ -39,6 +39,11 @@ ARGUMENTS = {
         for word in ("", "paper", "cpu", "baur2018", "baur2020")
     ],
     "cddpm": ["", "paper", "cpu", "cpu,encoder=runs/spark"],
+    "context": [
+        ",".join(filter(None, (variant, word)))
+        for variant in ("", "variant=ce", "variant=cevae")
+        for word in ("", "paper", "cpu")
+    ],
     "dae": ["", "paper", "cpu"],
     "ddpm": ["", "paper", "cpu", "anoddpm", "anoddpm,paper", "anoddpm,cpu"],
     "demo": ["", "quick"],
@@ -182,6 +187,8 @@ def test_modern_diffusion_models_are_made_for_an_accelerator(name: str) -> None:
         ("cddpm", "paper", 96, 44_068_481 + 24_550_848),
         ("spark", "paper", 96, 37_964_305),
         ("dae", "paper", 128, 7_701_825),
+        ("context", "variant=ce,paper", 128, 1_625_777),
+        ("context", "variant=cevae,paper", 128, 1_756_977),
     ],
 )
 def test_published_models_have_their_size(
@@ -221,6 +228,20 @@ def test_published_pretraining_and_condition_keep_their_budget_and_settings() ->
     )
 
 
+def test_the_published_context_encoders_keep_the_settings_of_the_released_code() -> (
+    None
+):
+    for variant, rate in (("ce", 1e-3), ("cevae", 1e-4)):
+        config = _config("context", f"variant={variant},paper")
+        method: Any = config.method
+        assert (config.batch_size, method.dropout) == (8, 0.1)
+        assert (method.latent_size, method.intermediate_resolution) == (128, 8)
+        assert (method.optimizer.learning_rate, method.optimizer.b1) == (rate, 0.5)
+        assert (method.max_squares, method.square_side) == (3, 0)
+        assert (method.weighting.value, method.kl_weight) == ("equal", 1.0)
+        assert method.compat.value == "none"
+
+
 def test_the_published_denoising_autoencoder_keeps_its_budget_and_settings() -> None:
     config = _config("dae", "paper")
     assert (config.batch_size, config.total_steps) == (16, 67_200)
@@ -250,13 +271,31 @@ def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
 
 
 def test_paper_and_cpu_exclude_each_other() -> None:
-    for name in ("anovaegan", "autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark"):
+    for name in (
+        "anovaegan",
+        "autoencoder",
+        "cddpm",
+        "context",
+        "dae",
+        "ddpm",
+        "pddpm",
+        "spark",
+    ):
         with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
             _config(name, "paper,cpu")
 
 
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    names = ("anovaegan", "autoencoder", "cddpm", "dae", "ddpm", "pddpm", "spark")
+    names = (
+        "anovaegan",
+        "autoencoder",
+        "cddpm",
+        "context",
+        "dae",
+        "ddpm",
+        "pddpm",
+        "spark",
+    )
     small = [(name, "cpu") for name in names]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)

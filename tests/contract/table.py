@@ -16,9 +16,10 @@ from uad_jax.anomaly_score_config import (
     GradientConfig,
     RestorationConfig,
     Score,
+    ScoreConfig,
     SliceScore,
 )
-from uad_jax.methods import base, dae
+from uad_jax.methods import base, context, dae
 from uad_jax.methods.autoencoder import Variant
 from uad_jax.ops import losses, noise
 
@@ -148,6 +149,38 @@ def _spark() -> Row:
         },
         size=64,
         batch_statistics=True,
+    )
+
+
+def _context(variant: context.Variant) -> Row:
+    """A context encoder; it memorises what lies under small squares."""
+    cevae = variant is context.Variant.CEVAE
+    fields = {
+        "optimizer.learning_rate": (1e-3, 3e-3),
+        "optimizer.clip_norm": (100.0, 1.0),
+        "dropout": (0.1, 0.3),
+    }
+    if cevae:
+        fields |= {"kl_weight": (1.0, 10.0), "context_weight": (0.5, 0.9)}
+    return Row(
+        config=context.ContextConfig(
+            variant=variant,
+            weighting=context.Weighting.SHARE,
+            latent_size=8,
+            width=8,
+            max_width=16,
+            ema_decay=0.9,
+            score=context.combined_score() if cevae else ScoreConfig(),
+            optimizer=optim.OptimizerConfig(learning_rate=1e-3, clip_norm=100.0),
+        ),
+        overfit={
+            **_autoencoder(Variant.VAE).overfit,
+            "max_squares": 1,
+            "square_side": 2,
+        },
+        reconstruction="context",
+        float_fields=fields,
+        slow=not cevae,
     )
 
 
@@ -281,6 +314,8 @@ TABLE["aegan"] = _adversarial(
     overfit_bound=0.15,
     slow=True,
 )
+for context_variant in context.Variant:
+    TABLE[context_variant.value] = _context(context_variant)
 
 
 def _brains(rows: int, size: int) -> jax.Array:
