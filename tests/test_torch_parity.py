@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tests import foreign_states, test_torch_names
-from uad_jax import torch_names, weights
-from uad_jax.nn import resnet, spark, unet
+from uad_jax import optim, torch_names, weights
+from uad_jax.nn import dae_unet, resnet, spark, unet
+from uad_jax.ops import corrupt
 
 torch = pytest.importorskip("torch", exc_type=ImportError)
 torch_networks = pytest.importorskip("tests.torch_networks")
@@ -226,3 +227,90 @@ def test_pytorch_saves_of_every_kind_are_read(
             assert str(value.dtype) == f"torch.{arrays[name].dtype}"
     expected = jnp.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     assert arrays["whole"].dtype == expected
+
+
+def _dae_params(theirs: Any) -> dict[str, Any]:
+    """The parameters of PyTorch's DAE under our names."""
+
+    def array(value: Any, *axes: int) -> np.ndarray:
+        value = value.detach().numpy()
+        return value.transpose(axes) if axes else value
+
+    def conv(layer: Any) -> dict[str, np.ndarray]:
+        return {"kernel": array(layer.weight, 2, 3, 1, 0), "bias": array(layer.bias)}
+
+    def block(layers: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for i in (0, 1):
+            norm = layers[3 * i + 2]
+            found[f"StandardisedConv_{i}"] = conv(layers[3 * i])
+            found[f"GroupNorm_{i}"] = {
+                "scale": array(norm.weight),
+                "bias": array(norm.bias),
+            }
+        return found
+
+    params: dict[str, Any] = {"out": conv(theirs.out)}
+    for level, layers in enumerate(theirs.down):
+        params[f"down_{level}"] = block(layers)
+    for index, (double, layers) in enumerate(
+        zip(theirs.larger, theirs.up, strict=True)
+    ):
+        level = len(theirs.up) - 1 - index
+        params[f"up_{level}"] = block(layers)
+        params[f"double_{level}"] = {
+            "kernel": array(double.weight, 2, 3, 0, 1),
+            "bias": array(double.bias),
+        }
+    return params
+
+
+def test_the_dae_gives_the_same_image() -> None:
+    theirs = torch_networks.DaeUNet(2, ((16, 4), (32, 8), (64, 8)))
+    _randomise(theirs)
+    params = _dae_params(theirs)
+    image = np.random.default_rng(0).standard_normal((2, 16, 24, 2)).astype(np.float32)
+    ours = jax.jit(dae_unet.DaeUNet(2, width=16, num_levels=3).apply)
+    expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
+    assert _relative_error(ours({"params": params}, image), expected) < TOLERANCE
+
+
+def test_the_noise_of_a_dae_is_enlarged_as_in_pytorch() -> None:
+    grid = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(grid)[None, None],
+        (128, 96),
+        mode="bilinear",
+        align_corners=True,
+    )[0, 0]
+    rows, columns = (corrupt.align_corners(size, 16) for size in (128, 96))
+    np.testing.assert_allclose(rows @ grid @ columns.T, expected, atol=1e-5)
+
+
+def test_the_optimizer_of_a_dae_steps_as_in_pytorch() -> None:
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(5).astype(np.float32)
+    config = optim.OptimizerConfig(
+        learning_rate=1e-2,
+        l2=1e-2,
+        clip_norm=0.5,
+        amsgrad=True,
+        schedule=optim.Schedule.COSINE_PERIODIC,
+        half_period=4,
+    )
+    tx = config.make(12)
+    params = jnp.asarray(start)
+    state = tx.init(params)
+    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    adam = torch.optim.Adam([theirs], lr=1e-2, weight_decay=1e-2, amsgrad=True)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=4)
+    for step in range(12):
+        grad = (0.9**step * rng.standard_normal(5)).astype(np.float32)
+        update, state = tx.update(jnp.asarray(grad), state, params)
+        params = params + update
+        theirs.grad = torch.from_numpy(grad.copy())
+        torch.nn.utils.clip_grad_norm_([theirs], 0.5)
+        adam.step()
+        rate.step()
+        np.testing.assert_allclose(params, theirs.detach().numpy(), atol=2e-6)
+    assert np.abs(start - np.asarray(params)).max() > 1e-2

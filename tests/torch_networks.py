@@ -229,3 +229,51 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{stage + 1}")(x)
             stages.append(x)
         return stages, self.fc(x.mean(dim=(2, 3)))
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.flatten(1)
+        flat = flat - flat.mean(dim=1, keepdim=True)
+        flat = flat / (flat.std(dim=1, keepdim=True) + 1e-5)
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(x, flat.view_as(self.weight), self.bias)
+
+
+class DaeBlock(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        layers: list[nn.Module] = []
+        for size in (inputs, outputs):
+            layers += [StandardisedConv(size, outputs, 3), nn.SiLU()]
+            layers += [nn.GroupNorm(groups, outputs)]
+        super().__init__(*layers)
+
+
+class DaeUNet(nn.Module):
+    """Levels with their group numbers, such as ((64, 8), (128, 16))."""
+
+    def __init__(self, channels: int, levels: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        sizes = [channels, *(size for size, _ in levels)]
+        self.down = nn.ModuleList(
+            DaeBlock(inputs, outputs, groups)
+            for inputs, (outputs, groups) in zip(sizes, levels, strict=False)
+        )
+        upper = list(reversed(levels[:-1]))
+        lower = [size for size, _ in reversed(levels[1:])]
+        self.larger = nn.ModuleList(
+            nn.ConvTranspose2d(inputs, outputs, 2, 2)
+            for inputs, (outputs, _) in zip(lower, upper, strict=True)
+        )
+        self.up = nn.ModuleList(DaeBlock(2 * s, s, groups) for s, groups in upper)
+        self.out = nn.Conv2d(sizes[1], channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for level, block in enumerate(self.down):
+            x = block(F.avg_pool2d(x, 2) if level else x)
+            skips.append(x)
+        skips.pop()
+        for double, block in zip(self.larger, self.up, strict=True):
+            x = block(torch.cat([double(x), skips.pop()], dim=1))
+        return self.out(x)

@@ -20,7 +20,6 @@ import enum
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from uad_jax import anomaly_scores, autoencoding, optim
@@ -407,5 +406,5 @@ def reconstruct(
     strength: float | Array = 1.0,
 ) -> Array:
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
-    keys = jax.random.split(key, image.shape[0]) if config.sample_at_test else None
+    keys = base.row_keys(key, image.shape[0]) if config.sample_at_test else None
     return reconstruct_slices(config, model, image, keys)
