@@ -4,8 +4,8 @@ r"""Trains and evaluates methods of two cores over modalities and seeds.
     python benchmarks/study.py --root=runs/ixi --source=MANIFEST.csv \
         --sets=mslub=MSLUB_MANIFEST.csv,tcga=TCGA_MANIFEST.csv    # real scans
 
-All train with the same number of steps of batch 16, and so see as many slices, none of
-them augmented. `cddpm_spark` needs `spark` before it in the list, which sees as many
+All train with the same number of steps of 16 slices, and so see as many, none of them
+augmented. `cddpm_spark` needs `spark` before it in the list, which sees as many
 slices again and has nothing to evaluate. Finished runs are skipped, so that it can be
 stopped and started again. Afterwards `docs/render_results.py` collects the results and
 renders the tables.
@@ -32,7 +32,7 @@ _SETS = flags.DEFINE_list("sets", [], "NAME=MANIFEST of further scans to test on
 _MODALITIES = flags.DEFINE_list("modalities", ["flair", "t2", "t1"], "Modalities.")
 _METHODS = flags.DEFINE_list("methods", ["vae", "ae", "ddpm", "pddpm"], "Methods.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
-_STEPS = flags.DEFINE_integer("steps", 300, "Optimiser steps of batch 16.")
+_STEPS = flags.DEFINE_integer("steps", 300, "Optimiser steps of 16 slices.")
 
 # Name -> config file and argument.
 CONFIGS = {
@@ -52,6 +52,11 @@ CONFIGS = {
     "cevae": ("context", "variant=cevae,cpu"),
     "dae": ("dae", "cpu"),
     "anoddpm": ("ddpm", "anoddpm,cpu"),
+    "interslice_none": ("interslice_vae", "mixer=none,cpu"),
+    "interslice_gru": ("interslice_vae", "mixer=gru,cpu"),
+    "interslice_lstm": ("interslice_vae", "mixer=lstm,cpu"),
+    "interslice_convgru": ("interslice_vae", "mixer=convgru,cpu"),
+    "interslice_transformer": ("interslice_vae", "mixer=transformer,cpu"),
 }
 # Fixed before the first model was trained on it.
 COHORT = cohort.CohortConfig(

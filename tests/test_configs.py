@@ -19,6 +19,7 @@ from uad_jax import optim, types
 from uad_jax.data import config as data_config
 from uad_jax.methods import base, cddpm
 from uad_jax.methods.autoencoder import Variant
+from uad_jax.nn.sequence import Mixer
 from uad_jax.ops import augment
 
 # ml_collections loads config files in a way that Python 3.15 will drop.
@@ -47,6 +48,11 @@ ARGUMENTS = {
     "dae": ["", "paper", "cpu"],
     "ddpm": ["", "paper", "cpu", "anoddpm", "anoddpm,paper", "anoddpm,cpu"],
     "demo": ["", "quick"],
+    "interslice_vae": [
+        ",".join(filter(None, (mixer, word)))
+        for mixer in ("", *(f"mixer={mixer.value}" for mixer in Mixer))
+        for word in ("", "layers=2", "paper", "cpu")
+    ],
     "pddpm": ["", "paper", "cpu"],
     "spark": ["", "paper", "cpu"],
     "smoke": ["", *(f"variant={variant.value}" for variant in Variant)],
@@ -127,6 +133,15 @@ def test_published_adversarial_models_keep_their_settings() -> None:
     assert (first.critic.steps, first.patch_critic) == (1, False)
     assert (first.kl_weight, first.adversarial_weight) == (1.0, 1e-2)
     assert (first.reduction.value, first.optimizer) == ("mean", adam)
+
+
+def test_slabs_of_two_cores_are_16_slices_per_step_like_the_other_methods() -> None:
+    others = _config("autoencoder", "cpu")
+    for mixer in Mixer:
+        config: Any = _config("interslice_vae", f"mixer={mixer.value},cpu")
+        assert config.batch_size * config.method.slabs.num_slices == others.batch_size
+        assert config.total_steps == others.total_steps
+        assert config.method.mixer.kind is mixer
 
 
 def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
@@ -278,6 +293,7 @@ def test_paper_and_cpu_exclude_each_other() -> None:
         "context",
         "dae",
         "ddpm",
+        "interslice_vae",
         "pddpm",
         "spark",
     ):
@@ -293,6 +309,7 @@ def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
         "context",
         "dae",
         "ddpm",
+        "interslice_vae",
         "pddpm",
         "spark",
     )

@@ -39,6 +39,7 @@ FLOORS = {
     "uad_jax.adversarial": 3,
     "uad_jax.players": 3,
     "uad_jax.adversarial_config": 2,
+    "uad_jax.interslice_config": 2,
     "uad_jax.checkpoint": 3,
     "uad_jax.writer": 3,
     "uad_jax.workdir": 3,

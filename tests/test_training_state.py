@@ -3,6 +3,7 @@
 import pytest
 
 from configs import smoke
+from tests import slabs
 from uad_jax import training_state
 from uad_jax.config import Selection
 
@@ -26,6 +27,15 @@ def test_training_state_marks_a_short_falling_run_as_undertrained() -> None:
     assert state["undertrained"]
     config.reference_slices = 2000
     assert not training_state.training_state(config, 100, lines)["undertrained"]
+
+
+def test_training_state_counts_every_slice_of_a_slab() -> None:
+    config = smoke.get_config()
+    config.batch_size, config.reference_slices = 10, 10_000
+    config.method = slabs.config()  # of 3 slices
+    state = training_state.training_state(config, 100, [])
+    assert state["slices_seen"] == 3000
+    assert state["percent_of_reference"] == 30.0
 
 
 def test_training_state_ends_at_the_checkpoint() -> None:

@@ -53,7 +53,8 @@ class TrainConfig:
       keep_checkpoints: Newest checkpoints to keep beside the best one.
       keep_every: Also keep every checkpoint at a multiple of this; 0 = none.
       selection: What the validation loss is measured on.
-      validation_slices: Size of the fixed validation set; 0 = all slices.
+      validation_slices: Size of the fixed validation set, rounded up to whole slabs;
+        0 = all slices.
       patience: Stop after this many validations without a better loss; 0 = never.
       warm_start: Parameters taken from other runs when training begins.
     """
@@ -129,7 +130,7 @@ class ExperimentConfig:
       train: How the loop runs.
       evaluation: How checkpoints are evaluated.
       seed: Seeds parameters, data order and noise.
-      batch_size: Rows of the global batch.
+      batch_size: Rows of the global batch: slices, or slabs for methods of slabs.
       total_steps: Optimiser steps.
       reference_slices: Training slices of the paper's own budget; 0 = unknown.
       source: The --config it came from, so that a run can be opened again.

@@ -300,13 +300,13 @@ def validation_batches(
         )
         return lambda step: []
 
-    def draw(num_slices: int, seed: int, sampling: Sampling) -> list[Batch]:
+    def draw(num_examples: int, seed: int, sampling: Sampling) -> list[Batch]:
         return pipeline.validation_batches(
             store,
             volumes,
             inputs,
             batch_size=config.batch_size,
-            num_slices=num_slices,
+            num_examples=num_examples,
             seed=seed,
             mesh=mesh,
             modalities=config.data.modalities,
@@ -315,7 +315,8 @@ def validation_batches(
 
     if config.train.selection is Selection.REFERENCE:
         return lambda step: draw(0, _VALIDATION_SEED + step, Sampling.ONE_PER_VOLUME)
-    fixed = draw(config.train.validation_slices, _VALIDATION_SEED, Sampling.SLICES)
+    count = -(-config.train.validation_slices // (inputs.num_slices or 1))
+    fixed = draw(count, _VALIDATION_SEED, Sampling.SLICES)
     return lambda step: fixed
 
 

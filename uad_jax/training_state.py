@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from uad_jax.config import ExperimentConfig, Selection
+from uad_jax.methods.base import RunShape
 
 
 def training_state(
@@ -19,12 +20,13 @@ def training_state(
       lines: The run's `metrics.jsonl`.
 
     Returns:
-      Slices seen, per cent of the paper's budget (None if unknown), relative slope of
-      the validation loss over the last fifth of the run up to `step` and at least
-      its last two values (negative = still falling; None with fewer than two, or if
-      each was measured on other slices, `Selection.REFERENCE`),
-      training seconds, and whether the run counts as undertrained: less than a
-      quarter of the budget and not known to have stopped falling.
+      Slices seen (repeats too; of a slab or window all), per cent of the paper's
+      budget (None if unknown), relative slope of the validation loss over the last
+      fifth of the run up to `step` and at least its last two values (negative = still
+      falling; None with fewer than two, or if each was measured on other slices,
+      `Selection.REFERENCE`), training seconds, and whether the run counts as
+      undertrained: less than a quarter of the budget and not known to have stopped
+      falling.
     """
     losses, seconds = [], None
     for line in lines:
@@ -33,7 +35,10 @@ def training_state(
         seconds = line.get("perf/train_seconds", seconds)
         if "validation/loss" in line:
             losses.append((line["step"], line["validation/loss"]))
-    slices = step * config.batch_size
+    # What a row is does not depend on the length of the run.
+    run = RunShape(config.total_steps, 1, config.batch_size)
+    slab = config.method.make(run).inputs.num_slices or 1
+    slices = step * config.batch_size * slab
     share = None
     if config.reference_slices:
         share = 100.0 * slices / config.reference_slices

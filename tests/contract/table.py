@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import smoke
-from tests import adversaries, denoisers
+from tests import adversaries, denoisers, slabs
 from uad_jax import anomaly_score_config, denoising_config, optim, types
 from uad_jax.anomaly_score_config import (
     Gradient,
@@ -19,8 +19,10 @@ from uad_jax.anomaly_score_config import (
     ScoreConfig,
     SliceScore,
 )
+from uad_jax.interslice_config import Target
 from uad_jax.methods import base, context, dae
 from uad_jax.methods.autoencoder import Variant
+from uad_jax.nn.sequence import Mixer, Positions
 from uad_jax.ops import losses, noise
 
 ROWS = 8
@@ -37,6 +39,7 @@ class Row(NamedTuple):
       float_fields: Float fields that may be vmapped, as paths, with two values; the
         first is the config's own.
       size: Side of the slices.
+      ragged: Whether slabs have padded slices (methods of slabs only).
       batch_statistics: Whether rows depend on each other through batch normalisation.
       overfit_bound: What "falls to 5 %" is where 5 % cannot be reached.
       slow: Whether all claims run by hand only: for variants that share their code
@@ -48,6 +51,7 @@ class Row(NamedTuple):
     reconstruction: str
     float_fields: dict[str, tuple[float, float]]
     size: int = 16
+    ragged: bool = True
     batch_statistics: bool = False
     overfit_bound: float = 0.05
     slow: bool = False
@@ -253,7 +257,49 @@ def _adversarial(
     )
 
 
+def _interslice(kind: Mixer, **changes: Any) -> Row:
+    """A VAE over slabs, one row per path through its code; most by hand only."""
+    config = slabs.config(kind, **changes)
+    fields = {
+        "optimizer.learning_rate": (1e-3, 3e-3),
+        "optimizer.clip_norm": (100.0, 1.0),
+        "dropout": (0.1, 0.3),
+        "kl_weight": (1.0, 10.0),
+        "erase.probability": (0.5, 0.9),
+        "erase.max_share": (0.4, 0.9),
+    }
+    if kind is not Mixer.NONE:
+        fields["mixer.slice_dropout"] = (0.2, 0.5)
+    return Row(
+        config=config,
+        overfit={
+            "dropout": 0.0,
+            "kl_weight": 1e-3,
+            "mixer": dataclasses.replace(config.mixer, slice_dropout=0.0),
+            "erase": dataclasses.replace(config.erase, probability=0.0),
+            "width": 32,
+            "max_width": 64,
+            "intermediate_resolution": 4,
+            "latent_size": 64,
+            "ema_decay": 0.0,
+            "optimizer": optim.OptimizerConfig(
+                learning_rate=3e-3, schedule=optim.Schedule.COSINE
+            ),
+        },
+        reconstruction="reconstruction",
+        float_fields=fields,
+        ragged=config.slabs.target is Target.ALL,
+        slow=kind is not Mixer.GRU or config.slabs.target is not Target.ALL,
+    )
+
+
 TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
+TABLE |= {f"interslice_{kind.value}": _interslice(kind) for kind in Mixer}
+TABLE["interslice_centre"] = _interslice(
+    Mixer.TRANSFORMER,
+    slabs={"target": Target.CENTRE},
+    mixer={"positions": Positions.SINUSOIDAL},
+)
 TABLE["vae_restoration"] = _scored_by(
     anomaly_score_config.ScoreConfig(
         kind=Score.RESTORATION,
@@ -352,9 +398,60 @@ def _volumes_of(size: int) -> types.Volumes:
     )
 
 
+@functools.cache
+def _slabs_of(size: int, length: int, ragged: bool) -> types.Batch:
+    """Slabs of one brain each, darker slice by slice; one of them ends too early."""
+    image = _fading(size, length)
+    first = jnp.arange(ROWS) % 2 + 3
+    valid = jnp.ones((ROWS, length), bool)
+    return types.Batch(
+        image=image,
+        mask=image > 0,
+        valid=valid.at[5, -1].set(not ragged),
+        uid=jnp.arange(ROWS) // 2,
+        slice_index=first[:, None] + jnp.arange(length)[None],
+    )
+
+
+@functools.cache
+def _deep_volumes_of(size: int, length: int) -> types.Volumes:
+    """Volumes whose depth is no multiple of the slab; the last is thinner than one."""
+    depth = 2 * length - 1
+    image = _fading(size, depth)
+    valid = jnp.ones((ROWS, depth), bool).at[-1, length - 1 :].set(False)
+    return types.Volumes(
+        image=image * valid[..., None, None, None],
+        mask=(image > 0) & valid[..., None, None, None],
+        valid=valid,
+        uid=jnp.arange(ROWS),
+    )
+
+
+def _fading(size: int, depth: int) -> jax.Array:
+    shade = jnp.linspace(1.0, 0.5, depth).reshape(1, depth, 1, 1, 1)
+    return _brains(ROWS, size)[:, None] * shade
+
+
+def slab_length(name: str) -> int | None:
+    """Slices of a slab, None for methods of slices."""
+    return TABLE[name].config.make(RUN).inputs.num_slices
+
+
 def batch(name: str) -> types.Batch:
-    return _batch_of(TABLE[name].size)
+    row, length = TABLE[name], slab_length(name)
+    if length is not None:
+        return _slabs_of(row.size, length, row.ragged)
+    return _batch_of(row.size)
 
 
 def volumes(name: str) -> types.Volumes:
+    length = slab_length(name)
+    if length is not None:
+        return _deep_volumes_of(TABLE[name].size, length)
     return _volumes_of(TABLE[name].size)
+
+
+def only(batch: types.Batch, rows: jax.Array) -> types.Batch:
+    """Makes all rows but those padding; rows [B] bool."""
+    keep = rows.reshape(-1, *[1] * (batch.valid.ndim - 1))
+    return dataclasses.replace(batch, valid=batch.valid & keep)

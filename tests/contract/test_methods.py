@@ -235,7 +235,7 @@ def test_a_prior_depends_on_neither_place_nor_devices(name: str, mesh8: Mesh) ->
 def test_padding_is_irrelevant(name: str) -> None:
     half = ROWS // 2
     keep = jnp.arange(ROWS) < half
-    padded = dataclasses.replace(table.batch(name), valid=keep)
+    padded = table.only(table.batch(name), keep)
 
     def garbage(x: jax.Array, fill: float) -> jax.Array:
         return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, fill)
@@ -263,9 +263,10 @@ def test_padding_is_irrelevant_to_scores(name: str) -> None:
         table.volumes(name),
     )
     scores = _score(name, deeper)
-    _assert_close(scores.anomaly_map[:, :3], _scored(name).anomaly_map)
+    depth = table.volumes(name).valid.shape[1]
+    _assert_close(scores.anomaly_map[:, :depth], _scored(name).anomaly_map)
     _assert_close(scores.volume_score, _scored(name).volume_score)
-    assert (scores.slice_score[:, 3:] == 0).all()
+    assert (scores.slice_score[:, depth:] == 0).all()
 
 
 @every_method
@@ -351,7 +352,7 @@ def test_accumulation_equals_the_whole_batch(name: str) -> None:
         # Of two equal halves, whose statistics are those of the whole.
         batch = jax.tree.map(lambda x: jnp.repeat(x[: ROWS // 2], 2, axis=0), batch)
     else:
-        batch = dataclasses.replace(batch, valid=jnp.arange(ROWS) != 2)
+        batch = table.only(batch, jnp.arange(ROWS) != 2)
     state = _compiled(name).init(jax.random.key(0), batch)
     whole = _compiled(name).update(state, batch, jax.random.key(1))
     parts = jax.jit(method.update)(state, batch, jax.random.key(1))

@@ -134,7 +134,7 @@ def test_fault_A27_validation_pads_the_last_batch(
         pipeline.validation_batches, store, volumes, batch_size=4, seed=0, mesh=mesh1
     )
     for inputs in (Inputs(), Inputs(2, True)):
-        batches = make(inputs, num_slices=6 if inputs.num_slices is None else 3)
+        batches = make(inputs, num_examples=6 if inputs.num_slices is None else 3)
         shapes = {str(jax.tree.map(np.shape, batch)) for batch in batches}
         assert len(shapes) == 1
         rows = [bool(np.all(v)) for b in batches for v in np.asarray(b.valid)]
@@ -143,10 +143,10 @@ def test_fault_A27_validation_pads_the_last_batch(
         assert [u == -1 for u in uids] == [not row for row in rows]
         last = jax.device_get(batches[-1])
         assert not last.mask[~last.valid].any()
-    every = make(Inputs(), num_slices=0)
+    every = make(Inputs(), num_examples=0)
     brain = sum(n > 0 for volume in volumes for n in volume.brain_voxels)
     assert sum(int(np.sum(batch.valid)) for batch in every) == brain
-    assert_same(jax.device_get(every), jax.device_get(make(Inputs(), num_slices=0)))
+    assert_same(jax.device_get(every), jax.device_get(make(Inputs(), num_examples=0)))
 
 
 def test_fault_A27_volume_batches_drop_nothing(
@@ -448,7 +448,7 @@ def test_channels_are_chosen_in_the_order_asked_for(
 def test_wrong_sizes_name_the_remedy(store: sources.Store, mesh8: Mesh) -> None:
     with pytest.raises(ValueError, match="multiple of 8"):
         stream(store, mesh8, batch_size=12)
-    with pytest.raises(ValueError, match="num_slices <= 6"):
+    with pytest.raises(ValueError, match=r"slab of 7, the shallowest 6.*_slices <= 6"):
         stream(store, mesh8, Inputs(num_slices=7), batch_size=8)
     with pytest.raises(ValueError, match="min_brain_fraction"):
         stream(store, mesh8, batch_size=8, min_brain_fraction=1.0)

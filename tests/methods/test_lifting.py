@@ -86,7 +86,8 @@ def _noisy_slab(
     valid: jax.Array,
     keys: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys)
+    # One draw per slab, from the key of its first slice.
+    noise = jax.vmap(lambda key: jax.random.normal(key, ()))(keys[:, 0])
     out = image + noise.reshape(-1, 1, 1, 1, 1)
     return out[..., 0], out
 
@@ -103,7 +104,7 @@ def test_slabwise_equals_a_loop_over_slabs(depth: int, overlap: int) -> None:
     starts.append(depth - 4)
     total, count = np.zeros((depth, 4, 4)), np.zeros((depth, 1, 1))
     for start in starts:
-        keys = base.sample_keys(key, volumes.uid, jnp.array([start]))
+        keys = base.sample_keys(key, volumes.uid, jnp.array([start]))[:, None]
         part = volumes.image[:, start : start + 4], volumes.mask, volumes.valid
         total[start : start + 4] += _noisy_slab(_MODEL, *part, keys)[0][0]
         count[start : start + 4] += 1

@@ -60,9 +60,11 @@ def candidates(
     size = num_slices or 1
     shallow = [v.subject for v in volumes if v.depth < size]
     if shallow:
+        least = min(volume.depth for volume in volumes)
         raise ValueError(
-            f"{', '.join(shallow[:5])}: fewer slices than a slab of {size}. Use "
-            f"num_slices <= {min(v.depth for v in volumes)}."
+            f"{len(shallow)} of {len(volumes)} volumes have fewer slices than a slab "
+            f"of {size}, the shallowest {least}: {', '.join(shallow[:5])}. Use "
+            f"num_slices <= {least}."
         )
     rows: list[tuple[int, int, int]] = []
     for volume in volumes:

@@ -298,7 +298,7 @@ def validation_batches(
     inputs: Example,
     *,
     batch_size: int,
-    num_slices: int,
+    num_examples: int,
     seed: int,
     mesh: Mesh,
     modalities: str = "",
@@ -315,7 +315,7 @@ def validation_batches(
       volumes: The validation volumes.
       inputs: What one example is.
       batch_size: Rows of a global batch.
-      num_slices: Examples in all; 0 = all there are.
+      num_examples: Slices or slabs in all; 0 = all there are.
       seed: Seeds the choice.
       mesh: The data mesh.
       modalities: Comma-separated; "" = all.
@@ -332,7 +332,7 @@ def validation_batches(
         num_slices=inputs.num_slices,
         min_brain_fraction=0.0,
     )
-    table = order.spread_choice(examples, num_slices, seed)
+    table = order.spread_choice(examples, num_examples, seed)
     padding = -len(table) % batch_size
     rows = np.concatenate([table, np.repeat(table[:1], padding, axis=0)])
     real = np.arange(len(rows)) < len(table)

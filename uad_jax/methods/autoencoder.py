@@ -227,7 +227,7 @@ def autoencode(
       (mu, log_sigma), each [N, latent_size] or [N, h, w, channels] float32.
     """
     encoder, decoder = networks(config, image.shape)
-    streams = [None] * 4 if keys is None else list(_streams(keys, 4))
+    streams = [None] * 4 if keys is None else list(base.split_keys(keys, 4))
     codes = _apply(
         encoder,
         params["encoder"],
@@ -345,8 +345,3 @@ def reconstruct(
 
 def _apply(module: nn.Module, params: Tree, x: Array, **kwargs: Any) -> Any:
     return module.apply({"params": params}, x, **kwargs)
-
-
-def _streams(keys: Array, count: int) -> Array:
-    """Splits the keys of the rows [N] into `count` independent sets [count, N]."""
-    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys), 1, 0)

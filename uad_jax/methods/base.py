@@ -133,6 +133,11 @@ def row_keys(key: Key, count: int) -> Array:
     return key if key.ndim else jax.random.split(key, count)
 
 
+def split_keys(keys: Key, count: int) -> Key:
+    """Splits the keys of the rows, [N], into `count` independent sets, [count, N]."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys), 1, 0)
+
+
 def single_optimizer(
     init_model: Callable[[Key, Batch], ModelState],
     loss: Loss,

@@ -12,7 +12,7 @@ from uad_jax.types import Array, Key, ModelState, Scores, Tree, Volumes
 # reconstruction [N, H, W, C] or None.
 ScoreSlices = Callable[[ModelState, Array, Array, Array], tuple[Array, Array | None]]
 # The same for slabs: image [B, S, H, W, C], mask [B, S, H, W, 1], valid [B, S], keys
-# [B] -> map [B, S, H, W] and reconstruction [B, S, H, W, C] or None.
+# [B, S] -> map [B, S, H, W] and reconstruction [B, S, H, W, C] or None.
 ScoreSlab = Callable[
     [ModelState, Array, Array, Array, Array], tuple[Array, Array | None]
 ]
@@ -51,41 +51,104 @@ def over_slices(
     """
 
     def lifted(model: ModelState, volumes: Volumes, key: Key) -> Tree:
-        batch, depth = volumes.valid.shape
-        size = min(chunk or depth, depth)
-        count = -(-depth // size)
+        def one(image: Array, mask: Array, uid: Array, index: Array) -> Tree:
+            keys = base.sample_keys(key, uid, index)
+            return function(model, image, mask, keys)
 
-        def split(x: Array) -> Array:
-            pad = [(0, 0), (0, count * size - depth)] + [(0, 0)] * (x.ndim - 2)
-            x = jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:])
-            return jnp.moveaxis(x, 1, 0)
-
-        def one(part: tuple[Array, Array, Array]) -> Tree:
-            image, mask, index = (x.reshape(batch * size, *x.shape[2:]) for x in part)
-            keys = base.sample_keys(key, jnp.repeat(volumes.uid, size), index)
-            out = function(model, image, mask, keys)
-            return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), out)
-
-        def join(x: Array) -> Array:
-            x = jnp.moveaxis(x, 0, 1)
-            return x.reshape(batch, count * size, *x.shape[3:])[:, :depth]
-
-        index = jnp.arange(depth) * (0 if key_per_volume else 1)
-        index = jnp.broadcast_to(index, (batch, depth))
-        parts = (split(volumes.image), split(volumes.mask), split(index))
-        return jax.tree.map(join, jax.lax.map(one, parts))
+        uid, index = _place(volumes)
+        index = index * (0 if key_per_volume else 1)
+        return _in_chunks(one, (volumes.image, volumes.mask, uid, index), chunk)
 
     return lifted
+
+
+def over_windows(
+    function: Callable[[ModelState, Array, Array, Array, Array], Tree],
+    num_slices: int,
+    chunk: int = 0,
+) -> Callable[[ModelState, Volumes, Key], Tree]:
+    """Lifts a function of the window around a slice to volumes.
+
+    Every slice gets its own window, whose slices before the first and after the last
+    one of the volume are invalid.
+
+    Args:
+      function: (model, image [N, S, H, W, C], mask [N, S, H, W, 1], valid [N, S], keys
+        [N, S]) -> arrays [N, ...], one row for the centre of each window.
+      num_slices: Length S of a window, odd.
+      chunk: Windows per volume that are computed at once, to bound the memory; 0 = all.
+
+    Returns:
+      (model, volumes, key) -> arrays [B, D, ...].
+
+    Raises:
+      ValueError: If a window has no centre.
+    """
+    if num_slices % 2 == 0:
+        raise ValueError(
+            f"A window of {num_slices} slices has no centre. Use an odd number."
+        )
+
+    def lifted(model: ModelState, volumes: Volumes, key: Key) -> Tree:
+        depth = volumes.valid.shape[1]
+        reach = jnp.arange(num_slices) - num_slices // 2
+        wanted = jnp.arange(depth)[:, None] + reach[None]
+        window = jnp.clip(wanted, 0, depth - 1)
+        inside = (wanted == window)[None]
+
+        def one(
+            image: Array, mask: Array, valid: Array, uid: Array, index: Array
+        ) -> Tree:
+            keys = base.sample_keys(key, uid.reshape(-1), index.reshape(-1))
+            keys = keys.reshape(index.shape)
+            return function(model, image, mask, valid, keys)
+
+        uid, index = _place(volumes)
+        whole = (volumes.image, volumes.mask, volumes.valid, uid, index)
+        image, mask, valid, uid, index = (x[:, window] for x in whole)
+        return _in_chunks(one, (image, mask, valid & inside, uid, index), chunk)
+
+    return lifted
+
+
+def _place(volumes: Volumes) -> tuple[Array, Array]:
+    """Volume id and axial index of every slice, [B, D] each."""
+    shape = volumes.valid.shape
+    index = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    return jnp.broadcast_to(volumes.uid[:, None], shape), index
+
+
+def _in_chunks(
+    function: Callable[..., Tree], parts: tuple[Array, ...], chunk: int
+) -> Tree:
+    """Applies a function of rows [N, ...] to arrays [B, D, ...], `chunk` of D at once.
+
+    The volume axis stays outermost, so it may be sharded.
+    """
+    batch, depth = parts[0].shape[:2]
+    size = min(chunk or depth, depth)
+    count = -(-depth // size)
+
+    def split(x: Array) -> Array:
+        pad = [(0, 0), (0, count * size - depth)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def one(rows: tuple[Array, ...]) -> Tree:
+        out = function(*(x.reshape(batch * size, *x.shape[2:]) for x in rows))
+        return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), out)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(batch, count * size, *x.shape[3:])[:, :depth]
+
+    return jax.tree.map(join, jax.lax.map(one, tuple(split(x) for x in parts)))
 
 
 def slabwise(
     score_slab: ScoreSlab, num_slices: int, overlap: int = 0
 ) -> Callable[[ModelState, Volumes, Key], Scores]:
-    """Lifts a score of slabs of consecutive slices to volumes.
-
-    Slabs start every `num_slices - overlap` slices; the last one is moved back so that
-    it ends with the volume's last valid slice. Where slabs overlap, their mean counts.
-    A volume thinner than a slab is scored as one slab with invalid slices.
+    """Lifts a score of slabs of consecutive slices to volumes, as `over_slabs` does.
 
     Args:
       score_slab: Scores B slabs at once.
@@ -93,8 +156,41 @@ def slabwise(
       overlap: Slices shared by neighbouring slabs, below S.
 
     Returns:
-      `score` of a Method. Valid slices of a volume must precede its padding. The
-      result of a volume does not depend on the common depth of the batch.
+      `score` of a Method.
+
+    Raises:
+      ValueError: If the overlap leaves no step.
+    """
+    lifted = over_slabs(score_slab, num_slices, overlap)
+
+    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
+        anomaly_map, output = lifted(model, volumes, key)
+        return summarise(anomaly_map, output, volumes)
+
+    return score
+
+
+def over_slabs(
+    function: Callable[[ModelState, Array, Array, Array, Array], Tree],
+    num_slices: int,
+    overlap: int = 0,
+) -> Callable[[ModelState, Volumes, Key], Tree]:
+    """Lifts a function of slabs of consecutive slices to volumes.
+
+    Slabs start every `num_slices - overlap` slices; the last one is moved back so that
+    it ends with the volume's last valid slice. Where slabs overlap, their mean counts.
+    A volume thinner than a slab is computed as one slab with invalid slices.
+
+    Args:
+      function: (model, image [B, S, H, W, C], mask [B, S, H, W, 1], valid [B, S], keys
+        [B, S], one per slice) -> float arrays [B, S, ...].
+      num_slices: Slab length S.
+      overlap: Slices shared by neighbouring slabs, below S.
+
+    Returns:
+      (model, volumes, key) -> arrays [B, D, ...]. Valid slices of a volume must precede
+      its padding. The result of a volume does not depend on the common depth of the
+      batch.
 
     Raises:
       ValueError: If the overlap leaves no step.
@@ -106,7 +202,7 @@ def slabwise(
         )
     stride = num_slices - overlap
 
-    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
+    def lifted(model: ModelState, volumes: Volumes, key: Key) -> Tree:
         batch, depth = volumes.valid.shape
         padded = max(depth, num_slices)
 
@@ -117,22 +213,22 @@ def slabwise(
         image, mask, valid = pad(volumes.image), pad(volumes.mask), pad(volumes.valid)
         own_depth = valid.sum(axis=1)
 
-        def slab(index: Array) -> tuple[Array, Array, tuple]:
+        def slab(index: Array) -> tuple[Array, Array, Tree]:
             start = jnp.clip(index * stride, 0, jnp.maximum(own_depth - num_slices, 0))
             before = (index - 1) * stride + num_slices
             used = (index == 0) | (before < own_depth)
             rows = jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, num_slices))
-            keys = base.sample_keys(key, volumes.uid, start)
-            out = score_slab(
-                model, rows(image, start), rows(mask, start), rows(valid, start), keys
-            )
-            return start, used.astype(jnp.float32), out
+            z = start[:, None] + jnp.arange(num_slices)[None]
+            uid = jnp.repeat(volumes.uid, num_slices)
+            keys = base.sample_keys(key, uid, z.reshape(-1)).reshape(z.shape)
+            parts = rows(image, start), rows(mask, start), rows(valid, start)
+            return start, used.astype(jnp.float32), function(model, *parts, keys)
 
         def step(sums: tuple, index: Array) -> tuple[tuple, None]:
             start, used, out = slab(index)
             ones = jnp.ones((batch, num_slices), jnp.float32)
             sums = jax.tree.map(
-                lambda s, x: _add_rows(s, _scale(x, used), start), sums, (ones, *out)
+                lambda s, x: _add_rows(s, _scale(x, used), start), sums, (ones, out)
             )
             return sums, None
 
@@ -141,13 +237,12 @@ def slabwise(
         zeros = jax.tree.map(
             lambda x: jnp.zeros((batch, padded, *x.shape[2:]), x.dtype), shapes
         )
-        sums = (jnp.zeros((batch, padded), jnp.float32), *zeros)
-        (weight, *out), _ = jax.lax.scan(step, sums, jnp.arange(count))
+        sums = (jnp.zeros((batch, padded), jnp.float32), zeros)
+        (weight, out), _ = jax.lax.scan(step, sums, jnp.arange(count))
         share = 1.0 / jnp.maximum(weight, 1.0)
-        anomaly_map, output = jax.tree.map(lambda x: _scale(x, share)[:, :depth], out)
-        return summarise(anomaly_map, output, volumes)
+        return jax.tree.map(lambda x: _scale(x, share)[:, :depth], out)
 
-    return score
+    return lifted
 
 
 def summarise(
