@@ -5,30 +5,30 @@ Critics always compute in float32.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uad_jax import alarms, players
+from uad_jax import alarms, anomaly_scores, players
 from uad_jax.adversarial_config import Bottleneck, CriticConfig, NetworkConfig
+from uad_jax.anomaly_score_config import ScoreConfig
 from uad_jax.compat import Compat
-from uad_jax.methods import base, lifting
-from uad_jax.nn import autoencoder, blocks
+from uad_jax.methods import base
+from uad_jax.nn import autoencoder, blocks, critics
 from uad_jax.ops import adversarial as adversarial_ops
 from uad_jax.ops import losses, residuals
 from uad_jax.ops.adversarial import Adversary
 from uad_jax.players import Player, Position
+from uad_jax.score_functions import Functions, Terms
 from uad_jax.types import (
     Array,
     Batch,
     Key,
     ModelState,
     Scalars,
-    Scores,
     Tree,
-    Volumes,
 )
 
 CRITIC = "critic"  # its name in the parameters, and that of its player
@@ -73,6 +73,22 @@ def networks(
         **shared,
     )
     return encoder, generator
+
+
+def image_critic(
+    config: NetworkConfig,
+    image_shape: tuple[int, ...],
+    norm: blocks.Norm,
+    patch: bool = True,
+) -> critics.ConvCritic:
+    """Builds a critic of images (..., H, W, C), the encoder's convolutions again."""
+    return critics.ConvCritic(
+        num_levels=num_levels(config, image_shape),
+        patch=patch,
+        width=config.width,
+        max_width=config.max_width,
+        norm=norm,
+    )
 
 
 def num_levels(config: NetworkConfig, image_shape: tuple[int, ...]) -> int:
@@ -284,27 +300,36 @@ def output_alarms(output: dict[str, Array], image: dict[str, Array]) -> Scalars:
     }
 
 
-def scorer(
-    residual: residuals.Residual,
-    reconstruct_slices: Callable[[ModelState, Array, Array], Array],
-    chunk: int,
-) -> Callable[[ModelState, Volumes, Key], Scores]:
-    """Builds the `score` of a method that reconstructs slices.
+def terms(
+    image: Array, output: Array, kind: losses.PixelLoss, kl: Array | None = None
+) -> Terms:
+    """What the shared scores need of slices [N, H, W, C] and their reconstructions."""
+    errors = losses.pixels(kind, output, image)
+    rows = losses.per_row(errors, losses.Reduction.SUM)
+    return Terms(output, rows, jnp.zeros_like(rows) if kl is None else kl)
+
+
+class Scored(Protocol):
+    """The fields of a config that say how volumes are scored."""
+
+    score: ScoreConfig
+    residual: residuals.Residual
+    score_chunk: int
+
+
+def scores(
+    functions: Functions, config: Scored, *, sample: bool = False
+) -> dict[str, Any]:
+    """Both forms of the score, "score" and "host_score" of a Method.
 
     Args:
-      residual: How a volume and its reconstruction become a map.
-      reconstruct_slices: (model, image [N, H, W, C], keys [N]) -> [N, H, W, C].
-      chunk: Slices of a volume that are computed at once; 0 = all.
+      functions: What the shared scores need of the method.
+      config: Which score.
+      sample: Decode a sample of the posterior, not its mean.
     """
-    lifted = lifting.over_slices(
-        lambda model, image, mask, keys: reconstruct_slices(model, image, keys), chunk
-    )
-
-    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
-        output = lifted(model, volumes, key)
-        anomaly_map = residuals.anomaly_map(
-            residual, volumes.image, output, volumes.valid
-        )
-        return lifting.summarise(anomaly_map, output, volumes)
-
-    return score
+    args = functions, config.score, config.residual
+    chunk = config.score_chunk
+    return {
+        "score": anomaly_scores.scorer(*args, sample=sample, chunk=chunk),
+        "host_score": anomaly_scores.host_scorer(*args, chunk=chunk),
+    }

@@ -30,12 +30,14 @@ from uad_jax.adversarial_config import (
     adam,
     check_weights,
 )
+from uad_jax.anomaly_score_config import ScoreConfig
 from uad_jax.compat import Compat
 from uad_jax.methods import base
 from uad_jax.nn import autoencoder, blocks, critics
 from uad_jax.ops import adversarial as adversarial_ops
 from uad_jax.ops import losses, residuals
 from uad_jax.players import Player, Position
+from uad_jax.score_functions import Functions, Terms
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, TrainState, Tree
 
 ENCODER, GENERATOR = "encoder", "generator"
@@ -61,7 +63,8 @@ class AnoVaeGanConfig:
       adversarial_weight: Weight of the critic's judgement. Without `joint` it only
         scales a loss whose optimiser ignores scale.
       compat: Whose gradient penalty.
-      residual: Anomaly map, averaged over the channels.
+      score: What makes the anomaly map.
+      residual: How image and reconstruction become an anomaly map.
       sample_at_test: Decode a sample instead of the mean (variational only).
       score_chunk: Slices of a volume that are scored at once; 0 = all.
       precision: Type of encoder and generator; the critic's is float32.
@@ -82,6 +85,7 @@ class AnoVaeGanConfig:
     kl_weight: float = 1.0
     adversarial_weight: float = 1.0
     compat: Compat = Compat.NONE
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     residual: residuals.Residual = residuals.Residual.ABS
     sample_at_test: bool = False
     score_chunk: int = 32
@@ -102,22 +106,23 @@ class AnoVaeGanConfig:
             score_chunk=self.score_chunk,
         )
         base.check_training(self.accumulate_steps, self.ema_decay)
+        self.score.validate(
+            f"variational={self.variational}",
+            posterior=self.variational,
+            dropout=self.network.dropout > 0,
+        )
         self.optimizer.validate()
 
     def make(self, run: base.RunShape) -> base.Method:
         """Builds the method. Float fields may be traced scalars."""
-        moving = _players(self, run)
+        moving, functions = _players(self, run), score_functions(self)
         return base.Method(
             inputs=base.Inputs(),
             init=functools.partial(_init, self, moving),
             update=functools.partial(_update, self, moving),
             validate=functools.partial(validation_loss, self),
-            score=adversarial.scorer(
-                self.residual,
-                functools.partial(_reconstruct_keyed, self),
-                self.score_chunk,
-            ),
             reconstruct=functools.partial(reconstruct, self),
+            **adversarial.scores(functions, self, sample=self.sample_at_test),
         )
 
 
@@ -136,12 +141,8 @@ def networks(
         bottleneck=config.bottleneck,
         num_heads=2 if config.variational else 1,
     )
-    critic = critics.ConvCritic(
-        num_levels=encoder.num_levels,
-        patch=config.patch_critic,
-        width=config.network.width,
-        max_width=config.network.max_width,
-        norm=config.critic_norm,
+    critic = adversarial.image_critic(
+        config.network, image_shape, config.critic_norm, config.patch_critic
     )
     return encoder, generator, critic
 
@@ -164,16 +165,10 @@ def encode(
     image: Array,
     keys: Array | None = None,
 ) -> tuple[Array, ...]:
-    """Encodes slices.
+    """Encodes slices [N, H, W, C]; keys, one per slice, [N], switch dropout on.
 
-    Args:
-      config: The model.
-      params: {"encoder": ...}.
-      image: [N, H, W, C] float.
-      keys: One key per slice for dropout, [N]; None = no dropout.
-
-    Returns:
-      (code,) or (mu, log_sigma), [N, latent_size] or [N, h, w, latent_size] float32.
+    Returns (code,) or (mu, log_sigma), [N, latent_size] or [N, h, w, latent_size]
+    float32.
     """
     encoder = networks(config, image.shape)[0]
     return adversarial.apply(
@@ -191,7 +186,9 @@ def decode(
     codes: tuple[Array, ...],
     image_shape: tuple[int, ...],
     keys: Array | None = None,
+    *,
     train: bool = False,
+    sample: bool = True,
 ) -> Array:
     """Draws from the codes and generates slices.
 
@@ -202,6 +199,7 @@ def decode(
       image_shape: (..., H, W, C).
       keys: One key per slice, [N]: a sample is decoded; None: the mean.
       train: Whether dropout is on; needs keys.
+      sample: False: the mean even with keys.
 
     Returns:
       [N, H, W, C] float32.
@@ -210,7 +208,7 @@ def decode(
     code, drop = codes[0], None
     if keys is not None:
         noise, drop = adversarial.split_keys(keys, 2)
-        if config.variational:
+        if config.variational and sample:
             draw = adversarial.normal(noise, code.shape[1:])
             code = code + jnp.exp(codes[1]) * draw
     return adversarial.apply(
@@ -249,7 +247,7 @@ def loss(
     rows = base.sample_keys(key, batch.uid, batch.slice_index)
     first, second = adversarial.split_keys(rows, 2)
     codes = encode(config, params, batch.image, first if train else None)
-    output = decode(config, params, codes, batch.image.shape, second, train)
+    output = decode(config, params, codes, batch.image.shape, second, train=train)
     scalars = adversarial.reconstruction_terms(
         config.pixel_loss, config.reduction, output, batch
     )
@@ -283,7 +281,13 @@ def validation_loss(
 
 
 def reconstruct_slices(
-    config: AnoVaeGanConfig, model: ModelState, image: Array, keys: Array | None
+    config: AnoVaeGanConfig,
+    model: ModelState,
+    image: Array,
+    keys: Array | None,
+    *,
+    sample: bool = True,
+    dropout: bool = False,
 ) -> Array:
     """Reconstructs slices.
 
@@ -291,18 +295,41 @@ def reconstruct_slices(
       config: The model.
       model: Its parameters.
       image: [N, H, W, C] float32.
-      keys: One key per slice, [N]: a sample of the posterior is decoded (AE-GAN: with
-        dropout, its only chance); None: the mean.
+      keys: One key per slice, [N]; None: nothing is random.
+      sample: Decode a sample of the posterior (variational only).
+      dropout: Drop units.
 
     Returns:
       [N, H, W, C] float32.
     """
-    if keys is None or config.variational:
-        codes = encode(config, model.params, image)
-        return decode(config, model.params, codes, image.shape, keys)
-    first, second = adversarial.split_keys(keys, 2)
+    first, second = None, keys
+    if keys is not None and dropout:
+        first, second = adversarial.split_keys(keys, 2)
     codes = encode(config, model.params, image, first)
-    return decode(config, model.params, codes, image.shape, second, train=True)
+    return decode(
+        config,
+        model.params,
+        codes,
+        image.shape,
+        second,
+        train=dropout,
+        sample=sample,
+    )
+
+
+def score_functions(config: AnoVaeGanConfig) -> Functions:
+    """What the shared scores need of the model."""
+
+    def own_terms(
+        model: ModelState, image: Array, keys: Array | None, kind: losses.PixelLoss
+    ) -> Terms:
+        codes = encode(config, model.params, image)
+        output = decode(config, model.params, codes, image.shape, keys)
+        kl = losses.kl_normal(codes[0], codes[1]) if config.variational else None
+        return adversarial.terms(image, output, kind, kl)
+
+    reconstruct_by = functools.partial(reconstruct_slices, config)
+    return Functions(reconstruct_by, own_terms, config.kl_weight)
 
 
 def reconstruct(
@@ -314,15 +341,8 @@ def reconstruct(
     strength: float | Array = 1.0,
 ) -> Array:
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
-    keys = base.row_keys(key, image.shape[0])
-    return _reconstruct_keyed(config, model, image, keys)
-
-
-def _reconstruct_keyed(
-    config: AnoVaeGanConfig, model: ModelState, image: Array, keys: Array
-) -> Array:
-    sampled = keys if config.sample_at_test and config.variational else None
-    return reconstruct_slices(config, model, image, sampled)
+    keys = base.row_keys(key, image.shape[0]) if config.sample_at_test else None
+    return reconstruct_slices(config, model, image, keys)
 
 
 def _players(config: AnoVaeGanConfig, run: base.RunShape) -> dict[str, Player]:
@@ -376,7 +396,9 @@ def _update(
 
     def pair(params: dict[str, Tree], rows: Batch, keys: Array) -> tuple[Array, Array]:
         codes: Any = rows.features
-        return rows.image, decode(config, params, codes, rows.image.shape, keys, True)
+        return rows.image, decode(
+            config, params, codes, rows.image.shape, keys, train=True
+        )
 
     position, found = adversarial.train_critic(
         config.critic,
