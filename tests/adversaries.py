@@ -2,7 +2,8 @@
 
 from uad_jax import optim
 from uad_jax.adversarial_config import Bottleneck, CriticConfig, NetworkConfig
-from uad_jax.methods import anovaegan
+from uad_jax.methods import aae, anovaegan
+from uad_jax.nn import blocks
 from uad_jax.ops.adversarial import Adversary
 from uad_jax.ops.residuals import Residual
 
@@ -56,6 +57,23 @@ def aegan_config() -> anovaegan.AnoVaeGanConfig:
         joint=True,
         adversarial_weight=0.5,
         residual=Residual.POSITIVE,
+        ema_decay=0.9,
+        optimizer=optimizer(),
+    )
+
+
+def aae_config(
+    variant: aae.Variant = aae.Variant.CONSTRAINED_AAE,
+) -> aae.AaeConfig:
+    """Three optimisers; in the first epoch two steps of the autoencoder per batch."""
+    return aae.AaeConfig(
+        variant=variant,
+        network=network(generator_norm=blocks.Norm.NONE),
+        critic=critic(),
+        critic_hidden=(8,),
+        first_epochs=1,
+        first_steps=2,
+        first_critic_steps=3,
         ema_decay=0.9,
         optimizer=optimizer(),
     )

@@ -17,7 +17,7 @@ from configs import _parts, smoke
 from uad_jax import config as config_lib
 from uad_jax import optim, types
 from uad_jax.data import config as data_config
-from uad_jax.methods import base, cddpm
+from uad_jax.methods import aae, base, cddpm
 from uad_jax.methods.autoencoder import Variant
 from uad_jax.nn.sequence import Mixer
 from uad_jax.ops import augment
@@ -29,6 +29,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Config file -> every argument that it documents.
 ARGUMENTS = {
+    "aae": [
+        ",".join(filter(None, (variant, word)))
+        for variant in ("", *(f"variant={one.value}" for one in aae.Variant))
+        for word in ("", "paper", "cpu")
+    ],
     "anovaegan": [
         ",".join(filter(None, (model, word)))
         for model in ("", "variant=aegan", "bottleneck=spatial")
@@ -57,6 +62,8 @@ ARGUMENTS = {
     "spark": ["", "paper", "cpu"],
     "smoke": ["", *(f"variant={variant.value}" for variant in Variant)],
 }
+# Files with the words `paper` and `cpu`.
+_SIZED = sorted(set(ARGUMENTS) - {"demo", "smoke"})
 EXPERIMENTS = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
 
 
@@ -142,6 +149,25 @@ def test_slabs_of_two_cores_are_16_slices_per_step_like_the_other_methods() -> N
         assert config.batch_size * config.method.slabs.num_slices == others.batch_size
         assert config.total_steps == others.total_steps
         assert config.method.mixer.kind is mixer
+
+
+def test_published_adversarial_autoencoders_keep_their_settings() -> None:
+    for variant, batch, rate, latent, penalty, hidden in (
+        ("aae", 128, 1e-4, 128, 10.0, (50, 50)),
+        ("constrained_aae", 8, 1e-3, 128, 1.0, (100, 50)),
+        ("constrained_ae", 8, 1e-3, 1024, 1.0, (100, 50)),
+    ):
+        config = _config("aae", f"variant={variant},paper")
+        method: Any = config.method
+        assert config.batch_size == batch
+        assert method.optimizer.learning_rate == rate
+        assert method.critic.optimizer.learning_rate == rate
+        assert method.network.latent_size == latent
+        assert method.network.intermediate_resolution == 16
+        assert method.critic.penalty_weight == penalty
+        assert method.critic_hidden == hidden
+        assert (method.first_steps, method.critic.steps) == (20, 20)
+        assert (method.pixel_loss.value, method.reduction.value) == ("l2", "mean")
 
 
 def test_published_diffusion_models_keep_their_budget_and_noise() -> None:
@@ -286,34 +312,13 @@ def test_the_encoder_of_a_pretraining_run_fits_the_conditioned_model() -> None:
 
 
 def test_paper_and_cpu_exclude_each_other() -> None:
-    for name in (
-        "anovaegan",
-        "autoencoder",
-        "cddpm",
-        "context",
-        "dae",
-        "ddpm",
-        "interslice_vae",
-        "pddpm",
-        "spark",
-    ):
+    for name in _SIZED:
         with pytest.raises(ValueError, match="only one of 'paper' and 'cpu'"):
             _config(name, "paper,cpu")
 
 
 def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
-    names = (
-        "anovaegan",
-        "autoencoder",
-        "cddpm",
-        "context",
-        "dae",
-        "ddpm",
-        "interslice_vae",
-        "pddpm",
-        "spark",
-    )
-    small = [(name, "cpu") for name in names]
+    small = [(name, "cpu") for name in _SIZED]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)
         method: Any = config.method

@@ -20,8 +20,9 @@ from uad_jax.anomaly_score_config import (
     SliceScore,
 )
 from uad_jax.interslice_config import Target
-from uad_jax.methods import base, context, dae
+from uad_jax.methods import aae, base, context, dae
 from uad_jax.methods.autoencoder import Variant
+from uad_jax.nn import blocks
 from uad_jax.nn.sequence import Mixer, Positions
 from uad_jax.ops import losses, noise
 
@@ -362,6 +363,35 @@ TABLE["aegan"] = _adversarial(
 )
 for context_variant in context.Variant:
     TABLE[context_variant.value] = _context(context_variant)
+TABLE["constrained_aae"] = _adversarial(
+    adversaries.aae_config(),
+    # Three steps of the autoencoder for each that the encoder takes for the critic.
+    overfit={
+        "network": adversaries.network(
+            dropout=0.0,
+            latent_size=32,
+            width=16,
+            max_width=32,
+            intermediate_resolution=4,
+            generator_norm=blocks.Norm.NONE,
+        ),
+        "constraint_weight": 0.1,
+        "first_epochs": RUN.total_steps // RUN.steps_per_epoch,
+        "first_steps": 3,
+        "first_critic_steps": 1,
+        "pixel_loss": losses.PixelLoss.L1,
+        "reduction": losses.Reduction.SUM,
+        "optimizer": optim.OptimizerConfig(
+            learning_rate=2e-3, schedule=optim.Schedule.COSINE
+        ),
+    },
+    float_fields={"constraint_weight": (1.0, 10.0), **_wasserstein},
+    overfit_bound=0.25,
+)
+for _variant in (aae.Variant.AAE, aae.Variant.CONSTRAINED_AE):
+    TABLE[_variant.value] = TABLE["constrained_aae"]._replace(
+        config=adversaries.aae_config(_variant), slow=True
+    )
 
 
 def _brains(rows: int, size: int) -> jax.Array:
