@@ -46,6 +46,8 @@ CONFIGS = {
     "aae": ("aae", "cpu"),
     "constrained_aae": ("aae", "variant=constrained_aae,cpu"),
     "constrained_ae": ("aae", "variant=constrained_ae,cpu"),
+    "gmvae": ("gmvae", "cpu"),
+    "gmvae_spatial": ("gmvae", "spatial,cpu"),
     "ddpm": ("ddpm", "cpu"),
     "pddpm": ("pddpm", "cpu"),
     "spark": ("spark", "cpu"),

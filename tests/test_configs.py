@@ -53,6 +53,7 @@ ARGUMENTS = {
     "dae": ["", "paper", "cpu"],
     "ddpm": ["", "paper", "cpu", "anoddpm", "anoddpm,paper", "anoddpm,cpu"],
     "demo": ["", "quick"],
+    "gmvae": ["", "paper", "cpu", "spatial", "spatial,paper", "spatial,cpu"],
     "interslice_vae": [
         ",".join(filter(None, (mixer, word)))
         for mixer in ("", *(f"mixer={mixer.value}" for mixer in Mixer))

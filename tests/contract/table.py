@@ -20,7 +20,7 @@ from uad_jax.anomaly_score_config import (
     SliceScore,
 )
 from uad_jax.interslice_config import Target
-from uad_jax.methods import aae, base, context, dae
+from uad_jax.methods import aae, base, context, dae, gmvae
 from uad_jax.methods.autoencoder import Variant
 from uad_jax.nn import blocks
 from uad_jax.nn.sequence import Mixer, Positions
@@ -93,6 +93,32 @@ def _scored_by(score: anomaly_score_config.ScoreConfig) -> Row:
     row = _autoencoder(Variant.VAE)
     config: Any = row.config
     return row._replace(config=dataclasses.replace(config, score=score), slow=True)
+
+
+def _gmvae(spatial: bool) -> Row:
+    """A Gaussian-mixture VAE; the spatial one restores."""
+    like: Any = _autoencoder(Variant.VAE)
+    common = {
+        name: getattr(like.config, name)
+        for name in ("width", "max_width", "ema_decay", "optimizer")
+    }
+    kind = Score.RESTORATION if spatial else Score.RESIDUAL
+    return like._replace(
+        config=gmvae.GmvaeConfig(
+            spatial=spatial,
+            latent_size=2 if spatial else 8,
+            num_components=3,
+            prior_width=4 if spatial else 0,
+            free_bits=0.1,
+            sample_at_test=True,
+            score=anomaly_score_config.ScoreConfig(
+                kind=kind, restoration=RestorationConfig(num_steps=3, sampled=True)
+            ),
+            **common,
+        ),
+        float_fields={**like.float_fields, "free_bits": (0.1, 1.0)},
+        slow=spatial,
+    )
 
 
 def _diffusion(
@@ -322,6 +348,8 @@ TABLE["vae_gradient"] = _scored_by(
 TABLE["vae_mc"] = _scored_by(
     anomaly_score_config.ScoreConfig(kind=Score.MC_VARIANCE, passes=3)
 )
+TABLE["gmvae"] = _gmvae(spatial=False)
+TABLE["gmvae_spatial"] = _gmvae(spatial=True)
 TABLE["ddpm"] = _diffusion(denoisers.ddpm_config(), train_steps=100)
 TABLE["anoddpm"] = _diffusion(denoisers.anoddpm_config(), noise=noise.Noise.GAUSSIAN)
 TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)
