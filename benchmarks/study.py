@@ -5,10 +5,10 @@ r"""Trains and evaluates methods of two cores over modalities and seeds.
         --sets=mslub=MSLUB_MANIFEST.csv,tcga=TCGA_MANIFEST.csv    # real scans
 
 All train with the same number of steps of 16 slices, and so see as many, none of them
-augmented. `cddpm_spark` needs `spark` before it in the list, which sees as many
-slices again and has nothing to evaluate. Finished runs are skipped, so that it can be
-stopped and started again. Afterwards `docs/render_results.py` collects the results and
-renders the tables.
+augmented. `cddpm_spark` needs `spark` before it in the list, and `fanogan` needs
+`fanogan_gan`: these see as many slices again and have nothing to evaluate. Finished
+runs are skipped, so that it can be stopped and started again. Afterwards
+`docs/render_results.py` collects the results and renders the tables.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from uad_jax import config as config_lib
 from uad_jax import evaluate, prepare, runtime, train
 from uad_jax.config import EvaluationSet
 from uad_jax.data import cohort
-from uad_jax.methods import cddpm, spark
+from uad_jax.methods import cddpm, fanogan, spark
 from uad_jax.ops import augment
 
 _ROOT = flags.DEFINE_string("root", "runs/study", "Directory of cohort, store, runs.")
@@ -48,6 +48,8 @@ CONFIGS = {
     "constrained_ae": ("aae", "variant=constrained_ae,cpu"),
     "gmvae": ("gmvae", "cpu"),
     "gmvae_spatial": ("gmvae", "spatial,cpu"),
+    "fanogan_gan": ("fanogan", "stage=gan,cpu"),
+    "fanogan": ("fanogan", "stage=encoder,cpu"),  # starts from the run of fanogan_gan
     "ddpm": ("ddpm", "cpu"),
     "pddpm": ("pddpm", "cpu"),
     "spark": ("spark", "cpu"),
@@ -101,6 +103,8 @@ def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
     file, argument = CONFIGS[name]
     if name == "cddpm_spark":
         argument += f",encoder={root / f'{modality}-spark-{seed}'}"
+    if name == "fanogan":
+        argument += f",gan={root / f'{modality}-fanogan_gan-{seed}'}"
     module = importlib.import_module(f"configs.{file}")
     config: config_lib.ExperimentConfig = module.get_config(argument)
     config.name = name
@@ -120,7 +124,7 @@ def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
     result = train.train(config, workdir, progress=False)
     if result.stopped == "preempted":
         sys.exit(train.EXIT_PREEMPTED)
-    if not isinstance(config.method, spark.SparkConfig):
+    if not isinstance(config.method, spark.SparkConfig | fanogan.GanConfig):
         evaluate.evaluate(config, workdir, progress=False)
 
 

@@ -2,7 +2,7 @@
 
 from uad_jax import optim
 from uad_jax.adversarial_config import Bottleneck, CriticConfig, NetworkConfig
-from uad_jax.methods import aae, anovaegan
+from uad_jax.methods import aae, anovaegan, fanogan
 from uad_jax.nn import blocks
 from uad_jax.ops.adversarial import Adversary
 from uad_jax.ops.residuals import Residual
@@ -76,4 +76,18 @@ def aae_config(
         first_critic_steps=3,
         ema_decay=0.9,
         optimizer=optimizer(),
+    )
+
+
+def gan_config() -> fanogan.GanConfig:
+    """The first stage: two optimisers."""
+    return fanogan.GanConfig(
+        network=network(), critic=critic(), ema_decay=0.9, optimizer=optimizer()
+    )
+
+
+def fanogan_config() -> fanogan.EncoderConfig:
+    """The second stage: two of three networks frozen, scores with features."""
+    return fanogan.EncoderConfig(
+        network=network(), feature_score=True, ema_decay=0.9, optimizer=optimizer()
     )

@@ -59,6 +59,11 @@ ARGUMENTS = {
         for mixer in ("", *(f"mixer={mixer.value}" for mixer in Mixer))
         for word in ("", "layers=2", "paper", "cpu")
     ],
+    "fanogan": [
+        ",".join(filter(None, (stage, word)))
+        for stage in ("", "stage=gan", "stage=encoder,gan=runs/gan")
+        for word in ("", "paper", "cpu")
+    ],
     "pddpm": ["", "paper", "cpu"],
     "spark": ["", "paper", "cpu"],
     "smoke": ["", *(f"variant={variant.value}" for variant in Variant)],
@@ -169,6 +174,24 @@ def test_published_adversarial_autoencoders_keep_their_settings() -> None:
         assert method.critic_hidden == hidden
         assert (method.first_steps, method.critic.steps) == (20, 20)
         assert (method.pixel_loss.value, method.reduction.value) == ("l2", "mean")
+
+
+def test_both_stages_of_fanogan_share_their_networks() -> None:
+    for word in ("", "paper", "cpu"):
+        first: Any = _config("fanogan", f"stage=gan,{word}").method
+        config = _config("fanogan", f"stage=encoder,gan=runs/gan,{word}")
+        second: Any = config.method
+        assert (first.network, first.critic_norm) == (
+            second.network,
+            second.critic_norm,
+        )
+        assert config.train.warm_start == [
+            config_lib.WarmStart("runs/gan", -1, name, name)
+            for name in ("generator", "critic")
+        ]
+    for arg in ("stage=encoder", "stage=gan,gan=runs/gan"):
+        with pytest.raises(ValueError, match="needs gan=WORKDIR"):
+            _config("fanogan", arg)
 
 
 def test_published_diffusion_models_keep_their_budget_and_noise() -> None:

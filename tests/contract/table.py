@@ -420,6 +420,17 @@ for _variant in (aae.Variant.AAE, aae.Variant.CONSTRAINED_AE):
     TABLE[_variant.value] = TABLE["constrained_aae"]._replace(
         config=adversaries.aae_config(_variant), slow=True
     )
+# Nothing pulls a generator towards one image, so a batch is not memorised: its
+# distribution is only met better.
+TABLE["fanogan_gan"] = _adversarial(
+    adversaries.gan_config(), float_fields=_wasserstein, overfit_bound=0.7
+)
+# The frozen generator of this row is random: it cannot make the images of the batch.
+TABLE["fanogan"] = _adversarial(
+    adversaries.fanogan_config(),
+    float_fields={"feature_weight": (1.0, 10.0)},
+    overfit_bound=0.9,
+)
 
 
 def _brains(rows: int, size: int) -> jax.Array:
