@@ -42,8 +42,8 @@ def test_every_command_has_what_it_needs_from_those_before_it() -> None:
         elif mode == "train":
             assert flags["config.data.store"] in stores
             assert flags["workdir"] not in runs
-            encoder = re.search(r"encoder=([^,]*)", flags["config"])
-            assert encoder is None or encoder[1] in runs
+            before = re.search(r"(encoder|gan)=(runs/[^,]*)", flags["config"])
+            assert before is None or before[2] in runs
             runs[flags["workdir"]] = flags["config.data.store"]
         else:
             assert mode == "evaluate"
@@ -52,7 +52,10 @@ def test_every_command_has_what_it_needs_from_those_before_it() -> None:
             for store in on:  # prepared alike, or evaluation refuses them
                 assert stores[store] == stores[runs[flags["workdir"]]]
             evaluated.add(flags["workdir"])
-    assert set(runs) - evaluated == {"runs/spark"}  # there is nothing to score
+    assert set(runs) - evaluated == {
+        "runs/spark",
+        "runs/gan",
+    }  # there is nothing to score
 
 
 @pytest.mark.parametrize(
@@ -72,11 +75,23 @@ def test_every_config_exists_with_the_fields_that_are_set(
 def test_a_published_figure_stands_beside_its_variant() -> None:
     rows = {
         figure: line
-        for figure in (".271", ".154", "49.36", "49.78", "53.37")
+        for figure in (
+            "Dice .271",
+            ".154",
+            ".333",
+            ".332",
+            ".283",
+            "49.36",
+            "49.78",
+            "53.37",
+        )
         for line in TEXT.splitlines()
         if line.startswith("|") and figure in line
     }
-    assert "| dense AE |" in rows[".271"]
+    assert "| dense AE |" in rows["Dice .271"]
+    assert "| VAE, restoration |" in rows[".333"]
+    assert "| GMVAE, restoration |" in rows[".332"]
+    assert "| f-AnoGAN |" in rows[".283"]
     assert "| spatial AE |" in rows[".154"]
     assert "| single" in rows["49.36"]
     assert "| ensemble" in rows["49.78"]
