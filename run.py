@@ -396,6 +396,7 @@ _MODES = {
 
 
 _WITH_RUN = ("evaluate", "predict", "rescore")  # take the config from --workdir
+_WITH_PROTOCOL = ("evaluate", "predict")
 
 
 def _need(*names: str) -> None:
@@ -421,10 +422,10 @@ def main(argv: list[str]) -> int | None:
         sys.exit(f"There is no mode {argv[1]!r}.{hint} Modes: {', '.join(modes)}.")
     if len(argv) > 2 and argv[1] != "compare":
         sys.exit(f"Not understood: {' '.join(argv[2:])}. Write flags as --name=value.")
-    if _PROTOCOL.value and argv[1] not in _WITH_RUN:
+    if _PROTOCOL.value and argv[1] not in _WITH_PROTOCOL:
         sys.exit(
-            f"--protocol belongs to {' and '.join(_WITH_RUN)}. Evaluate with it what "
-            f"you compare, then: compare --set=test_{_PROTOCOL.value.value}."
+            f"--protocol belongs to {' and '.join(_WITH_PROTOCOL)}. Evaluate with it "
+            f"what you compare, then: compare --set=test_{_PROTOCOL.value.value}."
         )
     runtime.setup()
     try:

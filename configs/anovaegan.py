@@ -17,9 +17,12 @@ Time:      not yet measured
 Expected:  not yet measured
 """
 
+import dataclasses
+
 from configs import _adversarial, _parts
 from uad_jax import config as config_lib
-from uad_jax.adversarial_config import Bottleneck, CriticConfig, NetworkConfig, adam
+from uad_jax import optim
+from uad_jax.adversarial_config import Bottleneck, CriticConfig, NetworkConfig
 from uad_jax.compat import Compat
 from uad_jax.methods import anovaegan, base
 from uad_jax.ops import losses, residuals
@@ -115,13 +118,13 @@ def _baur2018(variational: bool, bottleneck: Bottleneck) -> config_lib.Experimen
     The blocks of the later study with a 16x16 map; a critic of whole images trained
     by the log loss; reconstruction and KL terms divided by the pixels.
     """
+    optimizer = optim.OptimizerConfig(learning_rate=1e-4, b1=0.5, b2=0.999)
     method = anovaegan.AnoVaeGanConfig(
         variational=variational,
         bottleneck=bottleneck,
         network=_network(bottleneck, 16),
-        critic=CriticConfig(
-            adversary=Adversary.LOG_LOSS, steps=1, optimizer=adam(1e-4)
-        ),
+        critic=CriticConfig(adversary=Adversary.LOG_LOSS, steps=1, optimizer=optimizer),
+        optimizer=dataclasses.replace(optimizer),
         patch_critic=False,
         joint=True,
         reduction=losses.Reduction.MEAN,

@@ -33,6 +33,7 @@ def test_every_command_has_what_it_needs_from_those_before_it() -> None:
     evaluated = set()
     for mode, pairs in _commands():
         flags = dict(pairs)
+        assert "protocol" not in flags or mode == "evaluate"
         if mode == "prepare":
             assert flags["recipe"] in preprocess.RECIPES
             name, colon, _ = flags["source"].partition(":")
@@ -45,6 +46,9 @@ def test_every_command_has_what_it_needs_from_those_before_it() -> None:
             before = re.search(r"(encoder|gan)=(runs/[^,]*)", flags["config"])
             assert before is None or before[2] in runs
             runs[flags["workdir"]] = flags["config.data.store"]
+        elif mode == "rescore":
+            assert flags["output"] not in runs
+            runs[flags["output"]] = runs[flags["workdir"]]
         else:
             assert mode == "evaluate"
             on = [value for name, value in pairs if name in ("data", "store")]
@@ -58,9 +62,23 @@ def test_every_command_has_what_it_needs_from_those_before_it() -> None:
     }  # there is nothing to score
 
 
+# Workdir -> the config that it is trained with.
+CONFIGS = {
+    dict(p)["workdir"]: dict(p)["config"] for m, p in _commands() if m == "train"
+}
+
+
 @pytest.mark.parametrize(
     "pairs",
-    [pytest.param(p, id=dict(p)["workdir"]) for m, p in _commands() if m == "train"],
+    [
+        pytest.param(
+            [("config", CONFIGS[dict(p)["workdir"]]), *p], id=dict(p).get("output")
+        )
+        if m == "rescore"
+        else pytest.param(p, id=dict(p)["workdir"])
+        for m, p in _commands()
+        if m in ("train", "rescore")
+    ],
 )
 def test_every_config_exists_with_the_fields_that_are_set(
     pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch

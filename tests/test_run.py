@@ -42,6 +42,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["evaluate", "--protocol=bauer"],
             "one of <behrendt|baur|kascenas|thresh|none>",
         ),
+        (["rescore", "--protocol=baur"], "belongs to evaluate and predict"),
         (["compare", "a", "b", "--protocol=baur"], "compare --set=test_baur"),
         (["evaluate", "--workdir=no/run"], "no/run is not the directory of a run"),
     ],

@@ -58,7 +58,7 @@ def test_a_validation_set_of_slabs_is_counted_in_slices(
     config = _config(store, length=2)
     method = config.method.make(base.RunShape(4, 1, 2))
     opened = sources.Store.open(store)
-    batches = train._validation(config, opened, method.inputs, mesh1)(0)
+    batches = train.validation_batches(config, opened, method.inputs, mesh1)(0)
     # 6 slices in slabs of 2; the one healthy volume has 3 of them.
     assert sum(int(jax.device_get(batch.valid).sum()) for batch in batches) == 6
 

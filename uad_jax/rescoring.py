@@ -18,6 +18,9 @@ SCORE_FIELDS = (
     "method.residual",
     "method.sample_at_test",
     "method.score_chunk",
+    "method.feature_score",
+    "method.slabs.overlap",
+    "method.slabs.score_chunk",
 )
 _OWN = (workdir_lib.CONFIG, workdir_lib.LOCK)  # of the directory, not of the training
 

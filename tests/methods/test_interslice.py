@@ -191,17 +191,35 @@ def test_reductions_and_the_kl_weight_are_as_stated() -> None:
     np.testing.assert_allclose(value, scalars["l1"] + 0.25 * kl, rtol=1e-5)
 
 
-def test_erased_input_has_a_whole_target_and_validation_sees_all() -> None:
-    @functools.partial(jax.jit, static_argnames="train")
-    def l1(probability: float, train: bool) -> jax.Array:
+def test_erased_input_has_a_whole_target_and_validation_sees_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, params = _batch(), _model(Mixer.NONE).params
+    seen: list[jax.Array] = []
+    erase = interslice.erase_lib.erase
+
+    def spy(*args: Any, **kwargs: Any) -> jax.Array:
+        seen.append(erase(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(interslice.erase_lib, "erase", spy)
+
+    def l1(probability: float, train: bool) -> float:
         config = _config(Mixer.NONE, dropout=0.0)
         config.erase = dataclasses.replace(config.erase, probability=probability)
-        params = _model(Mixer.NONE).params
-        return interslice.loss(config, params, {}, _batch(), KEY, train=train)[1][1][
-            "l1"
-        ]
+        given = interslice.loss(config, params, {}, batch, KEY, train=train)
+        return float(given[1][1]["l1"])
 
-    assert l1(1.0, train=True) != l1(0.0, train=True)
+    erased = l1(1.0, train=True)
+    assert erased != l1(0.0, train=True)
+    # The same input without erasing has itself as its target, and another error.
+    (first, *_) = seen
+    assert (first != batch.image).any()
+    blind = dataclasses.replace(batch, image=first)
+    config = _config(Mixer.NONE, dropout=0.0)
+    config.erase = dataclasses.replace(config.erase, probability=0.0)
+    own = interslice.loss(config, params, {}, blind, KEY, train=True)[1][1]["l1"]
+    assert abs(float(own) - erased) > 1e-3
     np.testing.assert_allclose(l1(0.0, train=True), l1(1.0, train=False), rtol=1e-6)
 
 

@@ -43,7 +43,12 @@ def test_slicewise_does_not_depend_on_the_chunk(chunk: int) -> None:
     key = jax.random.key(0)
     whole = lifting.slicewise(_noisy_slices)(_MODEL, volumes, key)
     parts = lifting.slicewise(_noisy_slices, chunk)(_MODEL, volumes, key)
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    # The whole runs without a loop, as another program.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        whole,
+        parts,
+    )
     assert whole.anomaly_map.shape == (2, 7, 4, 4)
     assert whole.reconstruction is not None
     assert whole.reconstruction.shape == (2, 7, *SHAPE)

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from uad_jax.nn import autoencoder, blocks
@@ -103,3 +104,18 @@ def test_bfloat16_keeps_float32_parameters_codes_and_image() -> None:
     exact = autoencoder.Encoder(2, 8, width=8, max_width=16)
     difference = jnp.abs(exact.apply(first, image)[0] - codes[0]).max()
     assert 0 < difference < 0.05
+
+
+def test_strided_convolutions_lie_as_in_tensorflow() -> None:
+    # SAME with 5 taps and stride 2 pads 1 pixel before and 2 after: output m reads the
+    # inputs 2 m - 1 to 2 m + 3. (PyTorch's padding of 2 would begin at 2 m - 2.)
+    encoder = autoencoder.Encoder(1, None, width=8, max_width=8)
+    image = jnp.zeros((1, 16, 16, 1)).at[0, 7, 7, 0].set(1.0)
+    variables = encoder.init(jax.random.key(0), image)
+    (code,) = encoder.apply(variables, image)
+    (kernel,) = (x for x in jax.tree.leaves(variables) if x.ndim == 4)
+    for m in range(8):
+        tap = 7 - (2 * m - 1)
+        expected = kernel[tap, tap, 0] if 0 <= tap < 5 else jnp.zeros(8)
+        found = code[0, m, m]
+        np.testing.assert_allclose(found, blocks.leaky_relu(expected), atol=1e-6)

@@ -6,6 +6,8 @@ the published sizes are tested to the unit. Critics compute in float32: their gr
 penalty differentiates twice. No layer mixes the rows of a batch.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,11 @@ import jax.numpy as jnp
 from uad_jax.nn import blocks
 
 _LEAKY_SLOPE = 0.2  # of the critics of codes; images have 0.3 like the autoencoders
+# True float32: by default recent GPUs multiply float32 in TF32.
+_EXACT: dict[str, Any] = {
+    "kernel_init": blocks.glorot_uniform(),
+    "precision": jax.lax.Precision.HIGHEST,
+}
 
 
 class ConvCritic(nn.Module):
@@ -47,11 +54,9 @@ class ConvCritic(nn.Module):
         x = image.astype(jnp.float32)
         for level in range(self.num_levels):
             features = min(self.max_width, self.width << level)
-            x = nn.Conv(features, (5, 5), (2, 2), kernel_init=blocks.glorot_uniform())(
-                x
-            )
+            x = nn.Conv(features, (5, 5), (2, 2), **_EXACT)(x)
             x = blocks.leaky_relu(blocks.normalise(x, self.norm, jnp.float32))
-        value = nn.Dense(1, kernel_init=blocks.glorot_uniform())
+        value = nn.Dense(1, **_EXACT)
         sites = x if self.patch else x.mean(axis=(1, 2))
         return value(sites).reshape(len(x), -1), x
 
@@ -70,6 +75,6 @@ class CodeCritic(nn.Module):
         """Maps codes [N, ...] to values [N, 1] float32."""
         x = code.reshape(len(code), -1).astype(jnp.float32)
         for units in self.hidden:
-            x = nn.Dense(units, kernel_init=blocks.glorot_uniform())(x)
+            x = nn.Dense(units, **_EXACT)(x)
             x = nn.leaky_relu(x, _LEAKY_SLOPE)
-        return nn.Dense(1, kernel_init=blocks.glorot_uniform())(x)
+        return nn.Dense(1, **_EXACT)(x)
