@@ -24,6 +24,7 @@ from uad_jax import (
     workdir,
 )
 from uad_jax.config import ExperimentConfig
+from uad_jax.evaluation import EvaluationSet
 from uad_jax.metrics import calibration
 from uad_jax.metrics.postprocess import Protocol
 from uad_jax.scoring import Scorer
@@ -165,17 +166,39 @@ def test_the_mean_is_over_maps_scores_and_reconstructions() -> None:
 
 
 def test_folds_share_no_threshold_because_each_validates_on_what_others_saw(
-    tmp_path: pathlib.Path, mesh1: Mesh
+    tmp_path: pathlib.Path, mesh1: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = stores.folded_store(tmp_path)
     config = _config(store)
+    config.evaluation.sets = {
+        "test": EvaluationSet(),
+        "val": EvaluationSet(split="val"),
+    }
     axis = ensembles.parse("fold:0,2", config)
     train_ensemble.train_ensemble(config, axis, tmp_path / "run", mesh=mesh1)
-    found = evaluate_ensemble.evaluate_ensemble(
+    by_set = evaluate_ensemble.evaluate_ensemble(
         config, axis, tmp_path / "run", mesh=mesh1, progress=False
-    )["test"]
+    )
+    found = by_set["test"]
     assert found["ensemble"]["operating"] == {"rule": None, "threshold": None}
     assert found["members"]["ensemble"]["ap_pooled"] > 0
     mean = found["members"]["mean"]
     assert "dice_healthy_fpr_volume_mean" in mean
     assert "dice_healthy_fpr_volume_mean" not in found["members"]["ensemble"]
+    # The validation scans of fold 0 trained the member of fold 2, and the reverse.
+    assert found["members"]["same_scans"]
+    own = by_set["val"]
+    assert own["ensemble"] is None
+    assert not own["members"]["same_scans"]
+    assert own["members"]["ensemble"] is None
+    assert set(own["members"]["members"]) == {"fold=0", "fold=2"}
+    assert own["members"]["mean"]["false_positive_ml_healthy_fpr_healthy_mean"] >= 0
+    assert (tmp_path / "run/results/test.json").is_file()
+    assert not (tmp_path / "run/results/val.json").exists()
+    monkeypatch.setattr(
+        evaluate_ensemble, "evaluate_ensemble", lambda *_, **__: {"val": own}
+    )
+    said = evaluate_ensemble.evaluated(config, axis, tmp_path / "run", None)
+    assert "mean of the members" in said
+    assert "ensemble's own map" not in said
+    assert "measured on scans of its own" in said

@@ -33,6 +33,10 @@ from uad_jax.scoring import Program, Scorer
 from uad_jax.types import Array, Scores, Volumes
 
 FOLDER = "results/members"  # one JSON file per set
+_OWN_SCANS = (
+    "Each member was measured on scans of its own, which may have trained the others: "
+    "there is no map of the ensemble, and the deviation is one between scans too."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,8 @@ def evaluate_ensemble(
     Each member is measured with its own checkpoint and thresholds. The ensemble's own
     map is the mean of the members' maps before post-processing; it is post-processed
     once and has thresholds of its own, unless a validation scan trained some member,
-    as in folds: then it has only figures that need no threshold.
+    as in folds: then it has only figures that need no threshold. There is no such map
+    of a set in which each member has scans of its own, as folds have in split "val".
 
     Args:
       config: What the members have in common.
@@ -80,7 +85,7 @@ def evaluate_ensemble(
 
     Returns:
       Set name -> {"members": as in `results/members/<set>.json`, "ensemble": results of
-      the own map, as `evaluate.evaluate` returns them}.
+      the own map, as `evaluate.evaluate` returns them, or None without such a map}.
 
     Raises:
       ValueError, workdir.WorkdirError: As in `evaluate.evaluate`.
@@ -107,14 +112,27 @@ def evaluate_ensemble(
                 one.contexts[place], one.scorers[place], alone=True
             )
             figures[one.name] = _numbers(results["scorers"][config.name])
-        context = _context(axis, configs, workdir, opened, place)
-        scorer = mean_scorer(context.scorer, [one.scorers[place] for one in opened])
-        results = evaluate.evaluate_set(context, scorer, known=known)
-        members = _summary(axis, opened, figures, results)
+        own_map = None
+        if _same_scans([one.contexts[place] for one in opened]):
+            context = _context(axis, configs, workdir, opened, place)
+            scorer = mean_scorer(context.scorer, [one.scorers[place] for one in opened])
+            own_map = evaluate.evaluate_set(context, scorer, known=known)
+        else:
+            logging.warning("Set %s: %s", first.name, _OWN_SCANS)
+        members = _summary(axis, opened, figures, own_map)
         path = workdir / FOLDER / f"{first.name}.json"
         workdir_lib.write_json(path, results_lib.without_nan(members))
-        found[first.name] = {"members": members, "ensemble": results}
+        found[first.name] = {"members": members, "ensemble": own_map}
     return found
+
+
+def _same_scans(contexts: Sequence[Context]) -> bool:
+    """Whether a set has the same scans for all members.
+
+    Each member refuses scans that trained it, unless training scans are asked for. So
+    what is the same for all trained none.
+    """
+    return len({context.fingerprint(context.test) for context in contexts}) == 1
 
 
 def calibrate(
@@ -250,9 +268,9 @@ def _summary(
     axis: Axis,
     opened: Sequence[_Opened],
     figures: Mapping[str, Mapping[str, float]],
-    results: Mapping[str, Any],
+    own_map: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The content of `results/members/<set>.json`."""
+    """The content of `results/members/<set>.json`; "ensemble" is the own map."""
     names = [
         name
         for name in next(iter(figures.values()))
@@ -262,7 +280,6 @@ def _summary(
         name: statistics.summarize(np.array([one[name] for one in figures.values()]))
         for name in names
     }
-    own = results["run"]["name"]
     return {
         "field": axis.field,
         "values": list(axis.values),
@@ -270,8 +287,9 @@ def _summary(
         "members": {name: dict(one) for name, one in figures.items()},
         "mean": {name: one.mean for name, one in spread.items()},
         "standard_deviation": {name: one.sd for name, one in spread.items()},
-        "ensemble": _numbers(results["scorers"][own]),
-        "set": results["set"],
+        "same_scans": own_map is not None,
+        "ensemble": own_map and _numbers(own_map["scorers"][own_map["run"]["name"]]),
+        "set": own_map and own_map["set"],
     }
 
 
@@ -283,8 +301,11 @@ def evaluated(
     found = evaluate_ensemble(config, axis, workdir, step=step)
     for name, one in found.items():
         own = one["ensemble"]
-        subjects = results_lib.read_subjects(workdir, name, own["run"]["name"])
         parts.append(f"{name}\n{_table(one['members'])}")
+        if own is None:
+            parts.append(_OWN_SCANS)
+            continue
+        subjects = results_lib.read_subjects(workdir, name, own["run"]["name"])
         parts.append(report.summary(own, subjects))
     return "\n\n".join(["", *parts])
 
@@ -295,8 +316,9 @@ def _table(members: Mapping[str, Any]) -> str:
         **members["members"],
         "mean of the members": members["mean"],
         "standard deviation": members["standard_deviation"],
-        "ensemble's own map": members["ensemble"],
     }
+    if members["ensemble"] is not None:
+        rows["ensemble's own map"] = members["ensemble"]
     columns = [
         (key, heading)
         for key, heading, _ in tables.COLUMNS
