@@ -290,18 +290,22 @@ def _compare(names: list[str]) -> int:
 
 
 def _evaluated(folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of results: evaluates a run or a folder of maps that has none.
+    """The folder of results: evaluates what has none.
 
     Args:
-      folder: The run, the results of maps, or maps.
+      folder: The run, the ensemble, the results of maps, or maps.
       workdir: Where results of maps go.
     """
-    from uad_jax import evaluate
+    from uad_jax import ensembles, evaluate, evaluate_ensemble
 
     if any(folder.glob("results/*.json")):
         return folder
     if (folder / "config.json").is_file():
-        evaluate.evaluate(_opening.stored_experiment(folder), folder)
+        config, axis = _opening.stored_experiment(folder), ensembles.read(folder)
+        if axis is None:
+            evaluate.evaluate(config, folder)
+        else:
+            evaluate_ensemble.evaluate_ensemble(config, axis, folder)
         return folder
     if any(folder.rglob("*.nii*")):
         _evaluate_maps(folder, workdir)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import run
 from tests import runs, stores
+from uad_jax import config as config_lib
 from uad_jax import (
     ensembles,
     entries,
@@ -202,3 +204,19 @@ def test_folds_share_no_threshold_because_each_validates_on_what_others_saw(
     assert "mean of the members" in said
     assert "ensemble's own map" not in said
     assert "measured on scans of its own" in said
+
+
+def test_a_comparison_evaluates_an_ensemble_that_was_not(
+    tmp_path: pathlib.Path, store: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axis = ensembles.parse("seed:2", _config(store))
+    ensembles.write(tmp_path, axis)
+    workdir.write_json(tmp_path / "config.json", config_lib.to_dict(_config(store)))
+    asked = []
+    monkeypatch.setattr(
+        evaluate_ensemble,
+        "evaluate_ensemble",
+        lambda config, axis, folder: asked.append((config.name, axis, folder)),
+    )
+    assert run._evaluated(tmp_path, tmp_path / "maps") == tmp_path
+    assert asked == [("smoke", axis, tmp_path)]
