@@ -20,6 +20,12 @@ from uad_jax.ensembles import Axis
         ("data.fold:3,1", "data.fold", (3, 1), "fold-3"),
         ("method.kl_weight:0.1, 1", "method.kl_weight", (0.1, 1.0), "kl_weight-0.1"),
         (
+            "method.kl_weight:1e+2,3",
+            "method.kl_weight",
+            (100.0, 3.0),
+            "kl_weight-100.0",
+        ),
+        (
             "method.optimizer.learning_rate:1e-4,1e-3,1e-2",
             "method.optimizer.learning_rate",
             (1e-4, 1e-3, 1e-2),
@@ -46,6 +52,7 @@ def test_an_axis_is_a_field_with_values(
         ("seed:2,2", "2 values, 1 of them different"),
         ("seed:2;fold:2", "members differ in one thing, and this names several"),
         ("seed:2:fold", "members differ in one thing"),
+        ("seed+fold:2", "members differ in one thing"),
         ("sede:5", "there is no axis 'sede'"),
         ("kl_weight:1,2", "Did you mean method.kl_weight?"),
         ("method.kl_wieght:1,2", "Did you mean method.kl_weight?"),
@@ -62,6 +69,15 @@ def test_what_is_no_ensemble_is_refused_with_a_remedy(text: str, expected: str) 
     with pytest.raises(ValueError, match=re.escape(expected)) as caught:
         ensembles.parse(text, smoke.get_config())
     assert "seed:" in str(caught.value) or "2 or more" in str(caught.value)
+
+
+def test_a_field_of_the_score_is_asked_of_one_trained_run() -> None:
+    field = "method.score.restoration.step_size"
+    with pytest.raises(ValueError, match=rf"run\.py rescore .*{re.escape(field)}="):
+        ensembles.parse(f"{field}:0.1,0.2", smoke.get_config())
+    with pytest.raises(ValueError, match="there is no axis") as caught:
+        ensembles.parse("method.kl:1,2", smoke.get_config())
+    assert "method.score." not in str(caught.value)
 
 
 def test_members_are_complete_experiments_of_their_own() -> None:
@@ -99,6 +115,17 @@ def test_the_note_of_a_directory_is_read_again(tmp_path: pathlib.Path) -> None:
     (tmp_path / workdir.ENSEMBLE).write_text("{}")
     with pytest.raises(workdir.WorkdirError, match="is damaged"):
         ensembles.read(tmp_path)
+
+
+def test_another_ensemble_takes_a_directory_until_a_member_has_a_checkpoint(
+    tmp_path: pathlib.Path,
+) -> None:
+    ensembles.write(tmp_path, Axis(field="seed", values=(0, 1)))
+    other = Axis(field="seed", values=(0, 1, 2))
+    ensembles.check(tmp_path, other)
+    (tmp_path / "seed-1" / workdir.CHECKPOINTS / "4").mkdir(parents=True)
+    with pytest.raises(workdir.WorkdirError, match="begun with the members seed=0, s"):
+        ensembles.check(tmp_path, other)
 
 
 def test_a_chosen_number_takes_part_in_arithmetic_as_a_number_does() -> None:

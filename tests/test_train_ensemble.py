@@ -260,10 +260,13 @@ def test_an_ensemble_killed_in_its_first_or_last_save_goes_on_to_the_same_bits(
     tmp_path: pathlib.Path,
     mesh1: Mesh,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = runs.scale_config(store, total_steps=12, **{"train.keep_checkpoints": 1})
     _ensemble(config, "seed:2", tmp_path / "whole", mesh1)
     _killed_at(step, member, config, tmp_path / "run", mesh1, monkeypatch)
+    again = "begin again at step 0: seed-0 saved step 4, and seed-1 nothing"
+    assert (again in caplog.text) == (step == 4)
     _assert_the_same_bits(config, tmp_path / "run", tmp_path / "whole", mesh1)
 
 
@@ -349,7 +352,7 @@ def test_a_diverging_member_is_named(
 ) -> None:
     config = runs.scale_config(store)
     with pytest.raises(
-        divergence.Diverged, match=r"^noise=1e\+30: Step 1: .*leave noise"
+        divergence.Diverged, match=r"^noise=1e\+30: Step 1: .*begin without noise=1e"
     ):
         _ensemble(config, "method.noise:0.1,1e30", tmp_path, mesh1)
     note = json.loads((tmp_path / "noise-1e+30/nan_dump/step_1.json").read_text())

@@ -66,7 +66,13 @@ def stop(
         workdir.write_json(path, note)
     bad = {name: value for name, value in scalars.items() if not math.isfinite(value)}
     bad_ones = ", ".join(f"{name} = {value}" for name, value in bad.items())
-    who, others = (f"{member}: ", f", or leave {member} out") if member else ("", "")
+    who, others = "", ""
+    if member:
+        who = f"{member}: "
+        others = (
+            ". Or train the other members singly, with --workdir=DIR/MEMBER and their "
+            f"own value; or begin without {member} in another --workdir"
+        )
     raise Diverged(
         f"{who}Step {step}: {bad_ones}. The batch's ids and the norms are in {path}; "
         "the last finite checkpoint is kept. Look at the volumes named there, lower "

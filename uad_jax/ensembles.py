@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from uad_jax import config as config_lib
+from uad_jax import rescoring
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import ExperimentConfig
 from uad_jax.data import sources, splits
@@ -64,12 +65,12 @@ def parse(text: str, config: ExperimentConfig) -> Axis:
     Raises:
       ValueError: If there is no such axis, or it has not two different values.
     """
-    if any(sign in text for sign in ";+&") or text.count(":") > 1:
+    name, _, given = text.partition(":")
+    if any(sign in name for sign in ";+&") or ":" in given:
         raise ValueError(
             f"--ensemble={text}: members differ in one thing, and this names several. "
             f"Use one of: {FORMS}."
         )
-    name, _, given = text.partition(":")
     name, words = name.strip(), [word.strip() for word in given.split(",")]
     field = _AXES.get(name, name)
     if field in _AXES.values():
@@ -166,9 +167,16 @@ def _floats(text: str, words: Sequence[str]) -> tuple[float, ...]:
 
 
 def _check_float_field(text: str, field: str, config: ExperimentConfig) -> None:
-    known = float_fields(config.method, "method")
+    every = float_fields(config.method, "method")
+    known = [one for one in every if not one.startswith(rescoring.SCORE_FIELDS)]
     if field in known:
         return
+    if field in every:
+        raise ValueError(
+            f"--ensemble={text}: training does not depend on {field}, and all members "
+            "would be one model. Train one run, and score it again with each value: "
+            f"run.py rescore --workdir=DIR --output=DIR --config.{field}=VALUE."
+        )
     target, name, found = config, "", ""
     for name in field.split("."):
         if not dataclasses.is_dataclass(target) or not hasattr(target, name):
@@ -229,6 +237,8 @@ def read(workdir: pathlib.Path) -> Axis | None:
 def check(workdir: pathlib.Path, axis: Axis) -> None:
     """Makes sure that a directory is free, or holds this ensemble.
 
+    An ensemble begins with its first checkpoint; until then another may take its place.
+
     Raises:
       workdir.WorkdirError: If it holds a single run, or another ensemble.
     """
@@ -238,7 +248,9 @@ def check(workdir: pathlib.Path, axis: Axis) -> None:
             f"{workdir} holds a single run. Give the ensemble a --workdir of its own, "
             "or leave out --ensemble."
         )
-    if known is not None and known != axis:
+    if known is None or known == axis:
+        return
+    if any(workdir_lib.has_begun(workdir / folder) for folder in known.folders):
         raise workdir_lib.WorkdirError(
             f"{workdir} was begun with the members {', '.join(known.members)}, and "
             f"not with {', '.join(axis.members)}. Use those, or another --workdir."

@@ -362,6 +362,7 @@ def common_steps(
             for own, has_ended in zip(newest, ended, strict=True)
         ]
     if first_save:  # none yet, or it was killed while the very first was saved
+        _log_beginning_again(checkpoints)
         return 0, []
     listed = ", ".join(
         f"{one.directory.parent.name}: {one.steps() or 'none'}" for one in checkpoints
@@ -371,3 +372,18 @@ def common_steps(
         "checkpoints back, or go on with single members: run.py train "
         "--workdir=DIR/MEMBER."
     )
+
+
+def _log_beginning_again(checkpoints: Sequence[Checkpoints]) -> None:
+    """Says so if some members have a checkpoint, and it is not gone on from."""
+    steps = {one.directory.parent.name: one.steps() for one in checkpoints}
+    saved = [name for name, own in steps.items() if own]
+    if saved:
+        lacking = [name for name, own in steps.items() if not own]
+        logging.warning(
+            "All members begin again at step 0: %s saved step %d, and %s nothing (the "
+            "training was stopped in its first save, or checkpoints are gone).",
+            ", ".join(saved),
+            steps[saved[0]][0],
+            ", ".join(lacking),
+        )

@@ -161,7 +161,7 @@ def check_config(
     refuse_ensemble(workdir, "Give --ensemble too, or another --workdir")
     path = workdir / CONFIG
     changes = {}
-    begun = _has_begun(workdir)
+    begun = has_begun(workdir)
     if begun:
         changes = refuse_another_config(workdir, config, completed)
         for name, change in changes.items():
@@ -264,7 +264,7 @@ def check_fingerprint(
     """
     path = workdir / FINGERPRINT
     changes = {}
-    begun = _has_begun(workdir)
+    begun = has_begun(workdir)
     if begun:
         changes = difference(read_json(path), fingerprint)
         lines = "\n  ".join(f"{name}: {change}" for name, change in changes.items())
@@ -280,7 +280,8 @@ def check_fingerprint(
     return changes
 
 
-def _has_begun(workdir: pathlib.Path) -> bool:
+def has_begun(workdir: pathlib.Path) -> bool:
+    """Whether a run has a checkpoint, sound or not, and so can go on."""
     checkpoints = workdir / CHECKPOINTS
     return bool(integrity.step_dirs(checkpoints) or integrity.quarantined(checkpoints))
 
