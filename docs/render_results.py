@@ -357,6 +357,7 @@ TABLES = {
     "real-mslub": lambda: case_table(load("real", "mslub")),
     "real-tcga": lambda: case_table(load("real", "tcga")),
     "synthetic-diffusion-pairs": lambda: pair_table("synthetic_diffusion"),
+    "synthetic-cddpm-pairs": lambda: pair_table("synthetic_cddpm"),
     "real-diffusion-pairs": lambda: pair_table("real_diffusion"),
 }
 

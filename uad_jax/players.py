@@ -139,7 +139,8 @@ def repeat(
     """Takes several steps on one batch.
 
     Convolution gradients inside a loop are 20 to 40 times slower on XLA:CPU, so there
-    the steps are unrolled.
+    the steps are unrolled. Those that only one phase takes lie in a `lax.cond`, which
+    slows them down as a loop does: on two cores avoid phases (`aae:cpu` has none).
 
     Args:
       step: (position, index [] int32) -> (position, scalars).
