@@ -80,12 +80,12 @@ def test_what_stays_fresh_is_named_by_module(
     source: pathlib.Path, mesh1: Mesh, caplog: pytest.LogCaptureFixture
 ) -> None:
     entries = [(source, 5, "features", "features")]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         _, fresh = warm_start.warm_start(cases.make_state(0), entries, mesh1)
     assert len(fresh) > 1
     assert f"Warm start leaves {len(fresh)} leaves fresh: encoder" in caplog.messages
     entries = [(source, 5, "encoder/stem", "encoder/stem")]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         _, fresh = warm_start.warm_start(cases.make_state(0), entries, mesh1)
     assert caplog.messages[-1].endswith("fresh: encoder/head, features")
 

@@ -414,7 +414,7 @@ TABLE["constrained_aae"] = _adversarial(
         ),
     },
     float_fields={"constraint_weight": (1.0, 10.0), **_wasserstein},
-    overfit_bound=0.25,
+    overfit_bound=0.5,
 )
 for _variant in (aae.Variant.AAE, aae.Variant.CONSTRAINED_AE):
     TABLE[_variant.value] = TABLE["constrained_aae"]._replace(
