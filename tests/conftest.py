@@ -1,6 +1,9 @@
 """Test set-up: CPU, 8 virtual devices, strict ranks, a compilation cache."""
 
+import gc
+import itertools
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -29,3 +32,19 @@ def mesh1() -> jax.sharding.Mesh:
 def mesh8() -> jax.sharding.Mesh:
     """Mesh of all 8 virtual devices."""
     return mesh_lib.make_mesh()
+
+
+# Linux gives a process 65,530 memory maps, every compiled program takes some, and the
+# compiler crashes when there are none left.
+_MOST_MAPS = 25_000
+_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets compiled programs, now and then, before there are too many."""
+    maps = pathlib.Path("/proc/self/maps")
+    if next(_tests) % 20 or not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
