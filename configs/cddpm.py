@@ -8,8 +8,10 @@ Command:   python run.py train --config=configs/cddpm.py:WORDS \
            two cores, neither for an accelerator; `encoder=WORKDIR` starts the encoder
            from a run of configs/spark.py with the same size.
 Hardware:  one accelerator (its memory not yet measured); `cpu`: two cores
-Time:      not yet measured
-Expected:  not yet measured; docs/diffusion.md has what is published
+Time:      accelerator: not yet measured; `cpu`: 300 steps took 5 to 11 minutes on two
+           cores with other work
+Expected:  `cpu`, 300 steps from SparK: docs/results_synthetic.md; docs/diffusion.md has
+           what is published
 """
 
 import dataclasses

@@ -254,6 +254,31 @@ def test_runs_that_differ_in_seed_or_fold_are_one_group(
     }
 
 
+def test_runs_from_the_pretraining_of_their_seed_are_one_group(
+    tmp_path: pathlib.Path,
+) -> None:
+    options = {
+        name: {"ap": named(SIX), "seed": seed, "learning_rate": 1}
+        for name, seed in (("a0", 0), ("a1", 1), ("b1", 1))
+    }
+    found = read(tmp_path, **options)
+    origins = ("runs/spark-0", "runs/spark-1/", "runs/other-1")
+    for entry, origin in zip(found, origins, strict=True):
+        config = entry.results["run"]["config"]
+        start = {
+            "workdir": origin,
+            "step": -1,
+            "source_prefix": "",
+            "target_prefix": "",
+        }
+        config["train"] = {**config.get("train", {}), "warm_start": [start]}
+    grouped = pairs.groups(found)
+    assert [[one.name for one in members] for members in grouped.values()] == [
+        ["a0", "a1"],
+        ["b1"],
+    ]
+
+
 def test_two_groups_of_one_method_have_names_of_their_own(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -9,6 +9,7 @@ members.
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ _FREE_DATA = ("store", "placement", "device_budget_gib", "num_workers", "read_th
 
 
 def groups(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Puts runs together that differ only in seed or fold.
+    """Puts runs together that differ only in seed, its pretraining, or fold.
 
     Returns:
       Label -> members; every entry is in one group, maps each in their own.
@@ -293,10 +294,25 @@ def _identity(entry: Entry) -> str:
         return json.dumps(["alone", entry.name])
     kept = {k: v for k, v in config.items() if k not in (*_FREE, "seed")}
     kept["train"] = _without(config.get("train"), _FREE_TRAIN)
+    kept["train"]["warm_start"] = _origins(config)
     kept["data"] = _without(config.get("data"), (*_FREE_DATA, "fold"))
     # Weights of another program are a method of their own.
     weights = (run.get("imported") or {}).get("sha256")
     return json.dumps([kept, run.get("data_fingerprint"), weights], sort_keys=True)
+
+
+def _origins(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where a run starts from; a name that ends in the run's own seed stands for all.
+
+    So runs that start from the pretraining of their seed, runs/spark-0, runs/spark-1,
+    are still one group.
+    """
+    own = re.compile(rf"(?<!\d){config.get('seed')}$")
+    origins = (config.get("train") or {}).get("warm_start") or []
+    return [
+        {**entry, "workdir": own.sub("SEED", entry["workdir"].rstrip("/"))}
+        for entry in origins
+    ]
 
 
 def _without(part: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
