@@ -343,7 +343,7 @@ def test_paper_and_cpu_exclude_each_other() -> None:
             _config(name, "paper,cpu")
 
 
-def test_cpu_configs_do_not_scan_convolution_gradients() -> None:
+def test_cpu_configs_take_one_step_per_call_in_float32() -> None:
     small = [(name, "cpu") for name in _SIZED]
     for name, arg in (*small, ("ddpm", "anoddpm,cpu"), ("demo", ""), ("demo", "quick")):
         config = _config(name, arg)

@@ -4,6 +4,8 @@ All are cuts of one textured ellipsoid with one bright ball in it: no result abo
 detection can be had from them.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -92,10 +94,11 @@ def volumes(shape: Shape, count: int, mesh: Mesh) -> Volumes:
       mesh: The data mesh.
     """
     image, brain, _ = volume(shape)
-    made = Volumes(
-        image=np.stack([image] * count),  # type: ignore[arg-type]
-        mask=np.stack([brain[..., None]] * count),  # type: ignore[arg-type]
-        valid=np.ones((count, shape[0]), bool),  # type: ignore[arg-type]
-        uid=np.arange(count, dtype=np.int32),  # type: ignore[arg-type]
-    )
+    arrays: dict[str, Any] = {
+        "image": np.stack([image] * count),
+        "mask": np.stack([brain[..., None]] * count),
+        "valid": np.ones((count, shape[0]), bool),
+        "uid": np.arange(count, dtype=np.int32),
+    }
+    made = Volumes(**arrays)
     return placement.to_mesh(made, mesh)

@@ -5,7 +5,7 @@ import itertools
 import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -197,8 +197,8 @@ class TrainStream:
         slab = () if self._inputs.num_slices is None else (self._inputs.num_slices,)
         rows = (self._batch_size, *slab)
 
-        def leaf(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> jax.Array:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # type: ignore[return-value]
+        def leaf(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
         mask = leaf((*rows, height, width, 1), bool)
         lesion = self._inputs.needs_lesion
