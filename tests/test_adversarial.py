@@ -70,6 +70,40 @@ def test_alarm_fires_on_a_critic_that_has_won() -> None:
         assert alarm(scalars)[alarms.CRITIC_WINS] == expected
 
 
+@pytest.mark.parametrize("compat", Compat)
+@pytest.mark.parametrize("shape", [(4, 6, 5, 1), (4, 7)])
+def test_alarm_means_the_same_for_both_forms_of_the_penalty(
+    compat: Compat, shape: tuple[int, ...]
+) -> None:
+    # Every made row is off its real one by the same step: a linear critic along it has
+    # the largest gap that its penalty allows.
+    real = jax.random.normal(jax.random.key(1), shape)
+    away = jax.random.normal(jax.random.key(2), (1, *shape[1:]))
+    by_column = compat is Compat.DENNER
+    axes = 1 if by_column else tuple(range(1, len(shape)))
+    along = away / jnp.sqrt(jnp.square(away).sum(axes, keepdims=True))
+    keys = jax.random.split(jax.random.key(3), 4)
+
+    def judged(slope: float) -> Scalars:
+        def critic(x: jax.Array) -> jax.Array:
+            values = slope * (x * along).reshape(len(x), -1).sum(axis=1)
+            # Four sites, whose sum has this slope in one form, and mean in the other.
+            return jnp.stack([values / 4 if by_column else values] * 4, axis=1)
+
+        config = CriticConfig()
+        _, scalars = adversarial.critic_loss(
+            config, compat, critic, real, real - away, keys, VALID
+        )
+        return scalars | adversarial.critic_alarm(config.adversary, scalars)
+
+    fair, winner = judged(1.0), judged(3.0)
+    np.testing.assert_allclose(fair["gradient_penalty"], 0, atol=1e-5)
+    np.testing.assert_allclose(fair["critic_gap"], fair["critic_distance"], rtol=1e-4)
+    assert fair[alarms.CRITIC_WINS] == 0
+    np.testing.assert_allclose(winner["gradient_penalty"], 4, rtol=1e-4)
+    np.testing.assert_allclose(winner[alarms.CRITIC_WINS], 3, rtol=1e-4)
+
+
 def _position() -> Position:
     params = {"critic": {"w": jnp.array(1.0)}, "other": {"w": jnp.array(1.0)}}
     return Position(params, {"critic": PLAYER.tx.init({"critic": params["critic"]})})

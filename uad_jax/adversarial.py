@@ -34,7 +34,7 @@ from uad_jax.types import (
 CRITIC = "critic"  # its name in the parameters, and that of its player
 
 _SATURATED = 0.99  # accuracy of a critic that has won
-_TOO_STEEP = 2.0  # gap of a critic in units of what slope 1 allows
+_TOO_STEEP = 2.0  # gap of a critic in units of what its penalty allows
 _COLLAPSED = 0.1  # spread of images in units of what it should be
 
 
@@ -150,9 +150,9 @@ def critic_loss(
 
     Returns:
       The loss [] and scalars: "critic_loss" (with the penalty), "critic_gap" (mean of
-      real minus made), "critic_accuracy", "critic_distance" (what the gap of a critic
-      of slope 1 cannot exceed), and for WGAN_GP "gradient_penalty" (before its
-      weight).
+      real minus made), "critic_accuracy", and for WGAN_GP "gradient_penalty" (before
+      its weight) and "critic_distance" (what the gap of a critic without penalty
+      cannot exceed).
     """
     fake = jax.lax.stop_gradient(fake)
     values = critic(real), critic(fake)
@@ -164,15 +164,13 @@ def critic_loss(
     scalars = {
         "critic_gap": mean((values[0] - values[1]).mean(axis=1)),
         "critic_accuracy": mean(adversarial_ops.accuracy(*values)),
-        "critic_distance": mean(adversarial_ops.distance(real, fake)),
     }
     if config.adversary is Adversary.WGAN_GP:
         between = adversarial_ops.interpolate(keys, real, fake, away=away)
-        per_column = compat is Compat.DENNER
-        penalty = mean(
-            adversarial_ops.gradient_penalty(critic, between, per_column=per_column)
-        )
-        scalars["gradient_penalty"] = penalty
+        form = {"per_column": compat is Compat.DENNER}
+        penalty = mean(adversarial_ops.gradient_penalty(critic, between, **form))
+        bound = adversarial_ops.largest_gap(real, fake, values[0].shape[1], **form)
+        scalars |= {"gradient_penalty": penalty, "critic_distance": mean(bound)}
         value = value + config.penalty_weight * penalty
     return value, {**scalars, "critic_loss": value}
 
@@ -240,7 +238,7 @@ def critic_alarm(adversary: Adversary, scalars: Scalars) -> Scalars:
 
     Returns:
       "alarm/critic_wins": the accuracy above 0.99 (LOG_LOSS), or the gap in units of
-      what slope 1 allows above 2, where the penalty has lost its hold (WGAN_GP).
+      what the penalty allows above 2, where it has lost its hold (WGAN_GP).
     """
     if adversary is Adversary.LOG_LOSS:
         found, limit = scalars["critic_accuracy"], _SATURATED

@@ -71,6 +71,13 @@ def test_both_penalties_agree_for_codes_and_count_sites_differently() -> None:
     )
 
 
+def test_largest_gap_by_hand() -> None:
+    real = jnp.array([[[3.0, 0.0], [4.0, 5.0]]])  # columns of length 5 and 5
+    gap = functools.partial(adversarial.largest_gap, real, jnp.zeros((1, 2, 2)))
+    np.testing.assert_allclose(gap(4), [50**0.5], rtol=1e-6)
+    np.testing.assert_allclose(gap(4, per_column=True), [10 / 4], rtol=1e-6)
+
+
 def test_a_constant_critic_has_a_finite_gradient() -> None:
     def loss(weight: jax.Array) -> jax.Array:
         critic = functools.partial(_linear, weight)

@@ -123,12 +123,29 @@ def gradient_penalty(
     return losses.per_row(jnp.square(norm - 1.0), losses.Reduction.MEAN)
 
 
-def distance(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Euclidean distance of each row, [N, ...] and [N, ...] to [N] float32.
+def largest_gap(
+    real: jax.Array, fake: jax.Array, num_sites: int, *, per_column: bool = False
+) -> jax.Array:
+    """The most by which a critic tells two rows apart if its penalty is 0.
 
-    The mean over pairs bounds the gap of a critic whose slope is at most 1.
+    The gap is the slope along the way from one to the other, whose norm is that of
+    `gradient_penalty`: 1 in all, or 1 for each column of the sum over the sites.
+
+    Args:
+      real: [N, ...].
+      fake: [N, ...].
+      num_sites: Values S of the critic for a row.
+      per_column: As in `gradient_penalty`.
+
+    Returns:
+      Bound of (mean over the sites of real) - (that of fake), [N] float32: the
+      Euclidean distance, or the columns' distances added up and divided by S.
     """
-    return jnp.sqrt(losses.l2(x, y) + _TINY)
+    square = jnp.square(real.astype(jnp.float32) - fake.astype(jnp.float32))
+    axes = (1,) if per_column else tuple(range(1, square.ndim))
+    norm = jnp.sqrt(jnp.sum(square, axis=axes) + _TINY)
+    bound = losses.per_row(norm, losses.Reduction.SUM)
+    return bound / num_sites if per_column else bound
 
 
 def moments(x: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
