@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +8,16 @@ import numpy as np
 import pytest
 
 from uad_jax import types
+from uad_jax.anomaly_score_config import (
+    Gradient,
+    GradientConfig,
+    Score,
+    ScoreConfig,
+    SliceScore,
+)
 from uad_jax.methods import base, dae
 from uad_jax.methods.dae import DaeConfig
-from uad_jax.ops import residuals
+from uad_jax.ops import losses, residuals
 
 CONFIG = DaeConfig(width=4, num_levels=2, noise_cells=4, score_chunk=2)
 
@@ -110,6 +118,35 @@ def test_score_compares_clean_volumes(residual: residuals.Residual) -> None:
     np.testing.assert_allclose(scores.anomaly_map, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_map_can_be_the_gradient_of_the_error() -> None:
+    batch = _batch()
+    gradient = GradientConfig(
+        of=Gradient.RECONSTRUCTION, smoothing=0, pixel_loss=losses.PixelLoss.L2
+    )
+    config = dataclasses.replace(
+        CONFIG, score=ScoreConfig(kind=Score.GRADIENT, gradient=gradient)
+    )
+    config.validate()
+    score = config.make(base.RunShape(10, 5, 4)).score
+    assert score is not None
+    volumes = types.Volumes(
+        image=batch.image[None],
+        mask=batch.mask[None],
+        valid=batch.valid[None],
+        uid=jnp.zeros(1, jnp.int32),
+    )
+
+    @jax.jit
+    def slope(image: jax.Array) -> jax.Array:
+        def error(image: jax.Array) -> jax.Array:
+            return jnp.square(_denoise(_model(), image) - image).sum()
+
+        return jnp.abs(jax.grad(error)(image)).mean(axis=-1)
+
+    found = jax.jit(score)(_model(), volumes, jax.random.key(0)).anomaly_map
+    np.testing.assert_allclose(found[0], slope(batch.image), rtol=1e-3, atol=1e-4)
+
+
 def test_the_prior_is_the_reconstruction() -> None:
     batch = _batch()
     prior = jax.jit(functools.partial(dae.reconstruct, CONFIG))(
@@ -128,9 +165,12 @@ def test_the_prior_is_the_reconstruction() -> None:
         {"score_chunk": -1},
         {"ema_decay": 1.0},
         {"accumulate_steps": 0},
+        {"score": ScoreConfig(kind=Score.RESTORATION)},
+        {"score": ScoreConfig(kind=Score.GRADIENT)},  # of the KL
+        {"score": ScoreConfig(slice_score=SliceScore.KL)},
     ],
 )
-def test_impossible_settings_are_named(change: dict[str, float]) -> None:
+def test_impossible_settings_are_named(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change).validate()
 

@@ -15,20 +15,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from uad_jax import optim
-from uad_jax.methods import base, lifting
+from uad_jax import anomaly_scores, optim
+from uad_jax.anomaly_score_config import ScoreConfig
+from uad_jax.methods import base
 from uad_jax.nn import dae_unet
 from uad_jax.ops import corrupt, losses, residuals
-from uad_jax.types import (
-    Array,
-    Batch,
-    Key,
-    ModelState,
-    Scalars,
-    Scores,
-    Tree,
-    Volumes,
-)
+from uad_jax.score_functions import Functions, Terms
+from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 NETWORK = "denoiser"  # its name in the parameters
 
@@ -47,7 +40,10 @@ class DaeConfig:
         interpolation it is two thirds of it on average.
       shared_shift: Shift the noise of all slices of a batch alike, as the released
         code does.
-      residual: Anomaly map, averaged over the channels.
+      score: What makes the anomaly map: the residual of the clean image, as published,
+        or the gradient of its error; nothing here is random, and there is no KL.
+      residual: How image and reconstruction become an anomaly map, averaged over the
+        channels.
       score_chunk: Slices of a volume that are scored at once; 0 = all.
       precision: Type of the computation.
       accumulate_steps: Micro-batches per optimiser step.
@@ -60,6 +56,7 @@ class DaeConfig:
     noise_cells: int = 16
     noise_deviation: float = 0.2
     shared_shift: bool = False
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     residual: residuals.Residual = residuals.Residual.ABS
     score_chunk: int = 32
     precision: base.Precision = base.Precision.FLOAT32
@@ -81,6 +78,7 @@ class DaeConfig:
                 f"noise_deviation is {self.noise_deviation}; it must be above 0: "
                 "without noise the network learns to copy."
             )
+        self.score.validate("dae", posterior=False, dropout=False)
         base.check_training(self.accumulate_steps, self.ema_decay)
         self.optimizer.validate()
 
@@ -98,7 +96,9 @@ class DaeConfig:
             init=init,
             update=update,
             validate=functools.partial(validation_loss, self),
-            score=scorer(self),
+            score=anomaly_scores.scorer(
+                score_functions(self), self.score, self.residual, chunk=self.score_chunk
+            ),
             reconstruct=functools.partial(reconstruct, self),
         )
 
@@ -193,22 +193,28 @@ def validation_loss(
     return {"loss": value, **scalars}
 
 
-def scorer(config: DaeConfig) -> Any:
-    """Builds the `score` of the method: the residual of clean volumes."""
+def score_functions(config: DaeConfig) -> Functions:
+    """What the shared scores need of a denoising autoencoder."""
 
-    def slices(model: ModelState, image: Array, mask: Array, keys: Array) -> Array:
-        return reconstruct_slices(config, model, image)
+    def reconstruct(
+        model: ModelState,
+        image: Array,
+        keys: Array | None,
+        *,
+        sample: bool,
+        dropout: bool,
+    ) -> Array:
+        return reconstruct_slices(config, model, image, keys)
 
-    lifted = lifting.over_slices(slices, config.score_chunk)
+    def terms(
+        model: ModelState, image: Array, keys: Array | None, kind: losses.PixelLoss
+    ) -> Terms:
+        output = reconstruct_slices(config, model, image)
+        error = losses.pixels(kind, output, image)
+        rows = losses.per_row(error, losses.Reduction.SUM)
+        return Terms(output, rows, jnp.zeros_like(rows))
 
-    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
-        output = lifted(model, volumes, key)
-        anomaly_map = residuals.anomaly_map(
-            config.residual, volumes.image, output, volumes.valid
-        )
-        return lifting.summarise(anomaly_map, output, volumes)
-
-    return score
+    return Functions(reconstruct, terms)
 
 
 def reconstruct_slices(
