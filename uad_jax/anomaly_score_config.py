@@ -43,8 +43,9 @@ class Gradient(enum.Enum):
 class RestorationConfig:
     """Restoration by gradient steps on error + KL + weight * total variation.
 
-    The defaults are those that You et al. give their VAE; `denner()` those of the code
-    of Baur et al. 2021. A CPU run wants far fewer steps.
+    The defaults are those that You et al. give their VAE, `you_gmvae()` those of their
+    GMVAE, `denner()` those of the code of Baur et al. 2021. A CPU run wants far fewer
+    steps.
 
     Attributes:
       num_steps: Gradient steps.
@@ -92,6 +93,11 @@ class RestorationConfig:
                 f"score.restoration.tv_weights is {self.tv_weights}; use one or more "
                 "weights of 0 or more."
             )
+
+
+def you_gmvae() -> RestorationConfig:
+    """The restoration that You et al. give their GMVAE: a wider limit, less smooth."""
+    return RestorationConfig(clip=100.0, tv_weights=(1.8,))
 
 
 def denner() -> RestorationConfig:
@@ -221,6 +227,11 @@ class ScoreConfig:
             f"score.mc_dropout is {self.mc_dropout}, score.mc_samples is "
             f"{self.mc_samples}. Switch on {useful}."
         )
+
+
+def mixture_score() -> ScoreConfig:
+    """The scores of a GMVAE, whose restoration has settings of its own."""
+    return ScoreConfig(restoration=you_gmvae())
 
 
 def possible(*, posterior: bool, dropout: bool) -> list[Score]:

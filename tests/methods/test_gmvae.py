@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import gmvae as experiments
-from uad_jax import types
+from uad_jax import anomaly_score_config, types
 from uad_jax.compat import Compat
 from uad_jax.methods import base, gmvae
 from uad_jax.methods.gmvae import GmvaeConfig
@@ -198,6 +198,22 @@ def test_a_sample_is_decoded_at_the_test_only_where_asked() -> None:
             for i in (0, 1)
         ]
         assert (maps[0] != maps[1]).any() == sampled
+
+
+def test_a_restoration_has_the_published_settings_of_the_gmvae() -> None:
+    settings = GmvaeConfig().score.restoration
+    assert (settings.clip, settings.tv_weights) == (100.0, (1.8,))
+    same = anomaly_score_config.RestorationConfig(
+        clip=settings.clip, tv_weights=settings.tv_weights
+    )
+    assert settings == same  # all else as for a VAE
+    for arg in ("", "cpu", "spatial"):
+        method: Any = experiments.get_config(arg).method
+        assert method.score == GmvaeConfig().score
+    # The study has settings of its own.
+    method = experiments.get_config("paper").method
+    assert method.score.restoration.clip == 0
+    assert not method.score.restoration.masked
 
 
 @pytest.mark.parametrize(

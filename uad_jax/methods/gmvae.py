@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from uad_jax import anomaly_scores, optim
-from uad_jax.anomaly_score_config import ScoreConfig
+from uad_jax.anomaly_score_config import ScoreConfig, mixture_score
 from uad_jax.compat import Compat
 from uad_jax.methods import base
 from uad_jax.nn import autoencoder, blocks
@@ -82,7 +82,7 @@ class GmvaeConfig:
     reduction: losses.Reduction = losses.Reduction.SUM
     kl_weight: float = 1.0
     compat: Compat = Compat.NONE
-    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    score: ScoreConfig = dataclasses.field(default_factory=mixture_score)
     residual: residuals.Residual = residuals.Residual.ABS
     sample_at_test: bool = False
     score_chunk: int = 32
