@@ -18,7 +18,13 @@ Expected:  not yet measured
 from configs import _parts
 from uad_jax import config as config_lib
 from uad_jax import optim
-from uad_jax.anomaly_score_config import Gradient, GradientConfig, Score, ScoreConfig
+from uad_jax.anomaly_score_config import (
+    Gradient,
+    GradientConfig,
+    GradientScale,
+    Score,
+    ScoreConfig,
+)
 from uad_jax.compat import Compat
 from uad_jax.methods import base, context
 from uad_jax.methods.context import Variant
@@ -68,13 +74,19 @@ def _score(variant: Variant) -> ScoreConfig:
 def _paper(variant: Variant) -> config_lib.ExperimentConfig:
     """The settings of the comparative study's code, faults included.
 
-    Its score differentiates the whole loss of the VAE and does not blur (nor scale, as
-    ours does volume by volume). It stops after 5 epochs without a better validation
+    Its score differentiates the whole loss of the VAE, of one sample, and neither
+    scales nor blurs the gradient. It stops after 5 epochs without a better validation
     loss; here the run has a fixed length with the patience in validations.
     """
     score = ScoreConfig()
     if variant is Variant.CEVAE:
-        gradient = GradientConfig(of=Gradient.ELBO, times_residual=True, smoothing=0)
+        gradient = GradientConfig(
+            of=Gradient.ELBO,
+            times_residual=True,
+            scale=GradientScale.NONE,
+            smoothing=0,
+            samples=1,
+        )
         score = ScoreConfig(kind=Score.GRADIENT, gradient=gradient)
     rate = 1e-3 if variant is Variant.CE else 1e-4
     return config_lib.ExperimentConfig(

@@ -20,6 +20,7 @@ from uad_jax import (
 from uad_jax.anomaly_score_config import (
     Gradient,
     GradientConfig,
+    GradientScale,
     RestorationConfig,
     Score,
     ScoreConfig,
@@ -165,6 +166,29 @@ def test_the_combined_gradient_of_a_volume_ignores_the_others() -> None:
     first, second = (scores.anomaly_map for scores in found)
     np.testing.assert_array_equal(first[0], second[0])
     assert (first[1, :2] != second[1, :2]).any()
+
+
+def test_an_unscaled_gradient_multiplies_the_residual_as_it_is() -> None:
+    gradient = GradientConfig(
+        of=Gradient.RECONSTRUCTION,
+        times_residual=True,
+        scale=GradientScale.NONE,
+        smoothing=0,
+        pixel_loss=losses.PixelLoss.L2,
+    )
+    image = _volumes().image
+    found = _score(ScoreConfig(kind=Score.GRADIENT, gradient=gradient)).anomaly_map
+    # The slope of (x / 2)^2 is x / 2, and so is the residual.
+    np.testing.assert_allclose(found, jnp.square(image / 2)[..., 0], rtol=1e-5)
+    blurred = gradient_score.weigh(
+        image[..., 0],
+        _volumes(),
+        smoothing=3,
+        residual=image[..., 0],
+        scale=GradientScale.NONE,
+    )
+    alone = gradient_score.weigh(image[..., 0], _volumes(), smoothing=3)
+    np.testing.assert_allclose(blurred, alone * image[..., 0], rtol=1e-5)
 
 
 def test_slices_can_be_scored_by_their_divergence() -> None:

@@ -307,6 +307,10 @@ def test_the_published_context_encoders_keep_the_settings_of_the_released_code()
         assert (method.max_squares, method.square_side) == (3, 0)
         assert (method.weighting.value, method.kl_weight) == ("equal", 1.0)
         assert method.compat.value == "denner"
+    score = method.score
+    assert (score.kind.value, score.gradient.of.value) == ("gradient", "elbo")
+    assert (score.gradient.scale.value, score.gradient.times_residual) == ("none", True)
+    assert (score.gradient.smoothing, score.gradient.samples) == (0, 1)
 
 
 def test_the_published_denoising_autoencoder_keeps_its_budget_and_settings() -> None:

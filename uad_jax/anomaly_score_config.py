@@ -39,6 +39,13 @@ class Gradient(enum.Enum):
     ELBO = "elbo"  # the reconstruction error plus the weighted KL
 
 
+class GradientScale(enum.Enum):
+    """How gradients are scaled before they are blurred and multiply a residual."""
+
+    VOLUME = "volume"  # to 0 ... 1 over the brain of each volume
+    NONE = "none"  # not at all: Baur et al. 2021's code
+
+
 @dataclasses.dataclass
 class RestorationConfig:
     """Restoration by gradient steps on error + KL + weight * total variation.
@@ -125,8 +132,8 @@ class GradientConfig:
 
     Attributes:
       of: What is differentiated.
-      times_residual: Multiply by the residual, after a min-max normalisation per
-        volume: the "combi" score of ceVAE.
+      times_residual: Multiply by the residual: the "combi" score of ceVAE.
+      scale: With `times_residual`: how the gradient is scaled first.
       smoothing: Standard deviation of the Gaussian that blurs the gradient, in pixels,
         cut at one deviation (3: a kernel of 7 x 7); 0 = none.
       samples: Draws of the code over which gradients are averaged; 0 = the
@@ -136,6 +143,7 @@ class GradientConfig:
 
     of: Gradient = Gradient.KL
     times_residual: bool = False
+    scale: GradientScale = GradientScale.VOLUME
     smoothing: int = 3
     samples: int = 0
     pixel_loss: losses.PixelLoss = losses.PixelLoss.L1

@@ -188,6 +188,7 @@ def _map(
         residual=compare(found.output[:, :, 0])
         if config.gradient.times_residual
         else None,
+        scale=config.gradient.scale,
     )
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from uad_jax.anomaly_score_config import Gradient, GradientConfig
+from uad_jax.anomaly_score_config import Gradient, GradientConfig, GradientScale
 from uad_jax.ops import filters
 from uad_jax.score_functions import Functions
 from uad_jax.types import Array, ModelState, Volumes
@@ -55,6 +55,7 @@ def weigh(
     *,
     smoothing: float,
     residual: Array | None = None,
+    scale: GradientScale = GradientScale.VOLUME,
 ) -> Array:
     """Blurs gradients and, if asked to, weighs a residual with them.
 
@@ -63,9 +64,11 @@ def weigh(
       volumes: What they are of.
       smoothing: Standard deviation in pixels of the Gaussian, cut at one deviation,
         that blurs each slice; 0 = none.
-      residual: [B, D, H, W], which the gradients multiply after they were scaled to
-        0 ... 1 over the brain of each volume (the references scale over the batch,
-        which makes a score depend on its neighbours); None = they are the map.
+      residual: [B, D, H, W], which the scaled gradients multiply; None = they are the
+        map, unscaled.
+      scale: How they are scaled. VOLUME: to 0 ... 1 over the brain of each volume (the
+        code of Zimmerer et al. scales over the batch, which makes a score depend on
+        its neighbours).
 
     Returns:
       [B, D, H, W] float32.
@@ -73,7 +76,7 @@ def weigh(
     Source: Zimmerer et al. 2018, "Context-encoding variational autoencoder for
     unsupervised anomaly detection", and the authors' released code.
     """
-    if residual is not None:
+    if residual is not None and scale is GradientScale.VOLUME:
         brain = volumes.mask[..., 0] & volumes.valid[:, :, None, None]
         axes = (1, 2, 3)
         low = jnp.where(brain, steepness, jnp.inf).min(axis=axes, keepdims=True)
