@@ -26,7 +26,7 @@ def fake_run(
     fingerprint: str = FINGERPRINT,
     protocol: str = "behrendt",
     patients: Mapping[str, str] | None = None,
-    healthy: Sequence[str] = (),
+    healthy: Sequence[str] | Mapping[str, float] = (),
     baselines: Mapping[str, Mapping[str, float]] | None = None,
     metrics: Mapping[str, Any] | None = None,
     slices: int | None = 1000,
@@ -52,7 +52,7 @@ def fake_run(
       fingerprint: Of the set.
       protocol: Of the set.
       patients: Subject -> patient; default: the subject.
-      healthy: Subjects without a lesion.
+      healthy: Subjects without a lesion; a mapping gives their L1 error too.
       baselines: Name -> subject -> AP.
       metrics: Added to the figures of the model.
       slices: Slices seen.
@@ -126,6 +126,7 @@ def fake_run(
             "scorers": figures,
         },
     )
+    errors = healthy if isinstance(healthy, Mapping) else {}
     rows = [
         {
             "scorer": scorer,
@@ -136,6 +137,7 @@ def fake_run(
             "volume_score": values.get(subject, 0.0),
             "ap": values.get(subject, ""),
             f"dice_{rule}": dice.get(subject, "") if scorer == name else 0.1,
+            "l1_brain": errors.get(subject, ""),
         }
         for scorer, values in scorers.items()
         for subject in [*values, *healthy]

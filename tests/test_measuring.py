@@ -64,6 +64,8 @@ def test_the_rim_of_the_brain_ranks_lowest_and_its_lesion_costs_recall() -> None
     overlap = 2 * inside.sum() / (arrays.eroded.sum() + arrays.lesion.sum())
     assert result.dice("rule") == pytest.approx(overlap)
     assert result.mean_inside == pytest.approx(arrays.scores[inside].mean())
+    others = arrays.eroded & ~arrays.lesion
+    assert result.mean_elsewhere == pytest.approx(arrays.scores[others].mean())
 
 
 def test_each_stage_is_measured_on_its_own_map() -> None:

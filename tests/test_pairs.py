@@ -145,6 +145,28 @@ def test_dice_is_tested_at_each_run_s_own_rule(tmp_path: pathlib.Path) -> None:
     assert ap_tests(found)[0]["verdict"] == "equal"
 
 
+def test_reconstruction_is_tested_on_healthy_patients_and_less_is_better(
+    tmp_path: pathlib.Path,
+) -> None:
+    rng = np.random.default_rng(3)
+    good = rng.uniform(0.1, 0.2, 24).tolist()
+    bad = [error + 0.05 + 0.01 * rng.normal() for error in good]
+    healthy = [{f"h{n}": value for n, value in enumerate(x)} for x in (good, bad)]
+    found = read(
+        tmp_path,
+        one={"ap": named(SIX), "healthy": healthy[0]},
+        two={"ap": named(SIX), "healthy": healthy[1]},
+    )
+    (test,) = ap_tests(found, metric="l1")
+    assert test["num_patients"] == 24
+    assert test["difference"] == pytest.approx(np.mean(good) - np.mean(bad))
+    assert test["verdict"] == "beats"
+    assert [t["verdict"] for t in ap_tests(found[::-1], metric="l1")] == [
+        "is beaten by"
+    ]
+    assert not ap_tests(found, metric="ssim")  # these runs have none
+
+
 def test_holm_corrects_over_the_pairs_of_one_figure(tmp_path: pathlib.Path) -> None:
     third = [x - 0.01 * i for i, x in enumerate(SIX)]
     found = read(

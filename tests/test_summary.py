@@ -17,6 +17,11 @@ RULE = "healthy_fpr"
 EDGES = np.arange(0.05, 10, 0.1, dtype=np.float32)
 
 
+def _mean_where(scores: list[float], lesion: list[int], wanted: int) -> float:
+    chosen = [s for s, one in zip(scores, lesion, strict=True) if one == wanted]
+    return float(np.mean(chosen)) if chosen else math.nan
+
+
 def result(
     uid: int,
     scores: list[float],
@@ -59,7 +64,8 @@ def result(
         ap=voxel.average_precision(ranking) if counted else math.nan,
         auroc=voxel.auroc(ranking) if counted else math.nan,
         dice_ceiling=voxel.best_dice(ranking)[0] if counted else math.nan,
-        mean_inside=float(np.mean(scores)),
+        mean_inside=_mean_where(scores, lesion, 1),
+        mean_elsewhere=_mean_where(scores, lesion, 0),
         slice_score=np.array([volume_score], np.float32),
         slice_lesion=np.array([abnormal]),
         volume_score=volume_score,
@@ -81,6 +87,18 @@ def _four() -> list[VolumeResult]:
         result(2, [0.1, 0.2, 0.3], [0, 0, 0], abnormal=False, volume_score=1.0),
         result(3, [0.1, 0.2, 0.3], [0, 0, 0], abnormal=False, volume_score=3.5),
     ]
+
+
+def test_contrast_is_of_lesion_against_the_rest_of_each_volume() -> None:
+    row = summary.metrics(_four(), RULE)
+    contrasts = [3.0 / 1.5, 8.0 / 8.0]
+    assert row["lesion_contrast_volume_mean"] == pytest.approx(np.mean(contrasts))
+    flat = result(4, [0.0, 0.0], [1, 0])  # nothing to divide by
+    row = summary.metrics([*_four(), flat], RULE)
+    assert row["lesion_contrast_volume_mean"] == pytest.approx(np.mean(contrasts))
+    assert summary.subject_row(flat)["lesion_contrast"] == ""
+    assert summary.subject_row(_four()[0])["lesion_contrast"] == pytest.approx(2.0)
+    assert "lesion_contrast_volume_mean" not in summary.metrics([flat], RULE)
 
 
 def test_pooled_and_mean_figures_differ_and_are_right() -> None:
@@ -430,7 +448,7 @@ def test_shams_count_in_no_figure_but_their_own() -> None:
     assert tables["healthy_reconstruction"] == {}
     row = tables["sham"]["model"]
     assert row["num_pairs"] == 6
-    means = [(2.0 * n + 1) / 2 for n in range(6)], [(1.0 * n + 1) / 2 for n in range(6)]
+    means = [2.0 * n for n in range(6)], [1.0 * n for n in range(6)]
     assert row["implant_mean"] == pytest.approx(np.mean(means[0]))
     assert row["sham_mean"] == pytest.approx(np.mean(means[1]))
     assert row["implant_minus_sham"] == pytest.approx(
@@ -444,7 +462,7 @@ def test_without_thresholds_there_are_threshold_free_figures_only() -> None:
     volumes = [dataclasses.replace(one, found={}) for one in _four()]
     row = summarize({"model": volumes}, rule=None)["scorers"]["model"]
     assert row["ap_pooled"] == pytest.approx(0.5)
-    assert not [name for name in row if name.startswith(("dice_healthy", "lesion_"))]
+    assert not [name for name in row if name.startswith(("dice_healthy", "lesion_rec"))]
 
 
 def test_percentile_is_the_share_of_healthy_scans_below() -> None:

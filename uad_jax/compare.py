@@ -125,7 +125,7 @@ def render(result: Mapping[str, Any]) -> str:
         parts.append(report.text_table(header, compare_table.tests_lines(tests)))
     for metric, patients in result["cases"].items():
         single = compare_table.cases_table(
-            patients, list(result["runs"]), pairs.METRICS[metric]
+            patients, list(result["runs"]), pairs.METRICS[metric].heading
         )
         header = [heading for heading, _ in single.head]
         parts.append(f"{single.caption}\n{report.text_table(header, single.rows)}")
@@ -316,7 +316,7 @@ def _write_page(
         tests=_tests_tables(result["pairs"]),
         group_tests=_tests_tables(result["group_pairs"]),
         cases=[
-            compare_table.cases_table(patients, runs, pairs.METRICS[metric])
+            compare_table.cases_table(patients, runs, pairs.METRICS[metric].heading)
             for metric, patients in result["cases"].items()
         ],
         panels=[
@@ -348,8 +348,8 @@ def _tested(tests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _tests_tables(tests: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
     """One table per figure, as Holm's correction is."""
     return [
-        compare_table.tests_table(same, heading)
-        for metric, heading in pairs.METRICS.items()
+        compare_table.tests_table(same, same[0]["heading"])
+        for metric in pairs.METRICS
         if (same := [test for test in _tested(tests) if test["metric"] == metric])
     ]
 

@@ -33,6 +33,13 @@ COLUMNS = (
     ),
     Figure("auroc_pooled", "AUROC pooled", "AUROC over all voxels", DETECTION),
     Figure(
+        "lesion_contrast_volume_mean",
+        "Lesion contrast",
+        "mean score in the lesion over that in the rest of the brain",
+        DETECTION,
+        2,
+    ),
+    Figure(
         "dice_{rule}_volume_mean",
         "Dice",
         "mean over lesion volumes; the threshold was fixed before the test",
@@ -235,7 +242,7 @@ def tests_table(tests: Sequence[Mapping[str, Any]], caption: str) -> Table:
         ("95 % interval", "paired bootstrap: patients are drawn, with their volumes"),
         ("p", "permutation test, two-sided: signs are flipped per patient"),
         ("p (Holm)", "corrected for the number of tests in this table"),
-        ("Patients", "with annotated lesions"),
+        ("Patients", "with such a volume: with an annotated lesion, or healthy"),
     ]
     lines = [
         ["\n".join([sentence(test), *test["notes"]]), *_tested(test)] for test in tests

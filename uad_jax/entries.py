@@ -162,8 +162,32 @@ def lesion_values(
         for subject, row in rows.items()
         if row["label"] == "abnormal" and not math.isnan(value(row, "ap"))
     }
-    values = {subject: value(row, column) for subject, row in lesions.items()}
-    return values, {subject: row["patient"] for subject, row in lesions.items()}
+    return _column(lesions, column)
+
+
+def healthy_values(
+    rows: Mapping[str, Row], column: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """A column for the healthy volumes that have it.
+
+    Returns:
+      Subject -> value, and subject -> patient.
+    """
+    return _column(
+        {
+            subject: row
+            for subject, row in rows.items()
+            if row["label"] == "healthy" and not math.isnan(value(row, column))
+        },
+        column,
+    )
+
+
+def _column(
+    rows: Mapping[str, Row], column: str
+) -> tuple[dict[str, float], dict[str, str]]:
+    values = {subject: value(row, column) for subject, row in rows.items()}
+    return values, {subject: row["patient"] for subject, row in rows.items()}
 
 
 def _fingerprints(folder: pathlib.Path) -> dict[str, str]:

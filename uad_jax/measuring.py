@@ -83,6 +83,7 @@ class VolumeResult:
       auroc: Area under the ROC curve.
       dice_ceiling: Largest Dice over all thresholds.
       mean_inside: Mean score of the mask's voxels inside the eroded brain.
+      mean_elsewhere: Mean score of the other voxels of the eroded brain.
       slice_score: Of the slices with brain, [d] float32.
       slice_lesion: Which of them hold lesion, [d] bool.
       volume_score: Of the whole volume.
@@ -103,6 +104,7 @@ class VolumeResult:
     auroc: float
     dice_ceiling: float
     mean_inside: float
+    mean_elsewhere: float
     slice_score: np.ndarray
     slice_lesion: np.ndarray
     volume_score: float
@@ -123,6 +125,13 @@ class VolumeResult:
     def has_lesion(self) -> bool:
         """Whether it has voxel figures: abnormal, annotated, mask not empty."""
         return self.abnormal and self.annotated and self.lesion_voxels > 0
+
+    @property
+    def lesion_contrast(self) -> float:
+        """Mean score in the lesion over that elsewhere; NaN where either is not."""
+        if not self.has_lesion or not self.mean_elsewhere > 0:
+            return float("nan")
+        return self.mean_inside / self.mean_elsewhere
 
     @property
     def voxel_ml(self) -> float:
@@ -179,7 +188,6 @@ def measure(
     if scale.edges is not None:
         counted, outside = accumulators.histogram(voxels, scale.edges)
         bins = counted.astype(np.uint32)
-    inside = anomaly_map[arrays.lesion & eroded]
     masks = _segment(anomaly_map, eroded, protocol, scale.thresholds)
     found = _found(masks, arrays.lesion, geometry.voxel_ml(info.geometry), wanted)
     with_brain = np.any(arrays.brain, axis=(1, 2))
@@ -195,7 +203,8 @@ def measure(
         ap=ap,
         auroc=auroc,
         dice_ceiling=ceiling,
-        mean_inside=float(inside.mean(dtype=np.float64)) if inside.size else np.nan,
+        mean_inside=_mean(anomaly_map[arrays.lesion & eroded]),
+        mean_elsewhere=_mean(anomaly_map[~arrays.lesion & eroded]),
         slice_score=arrays.slice_score[with_brain],
         slice_lesion=np.any(arrays.lesion, axis=(1, 2))[with_brain],
         volume_score=arrays.volume_score,
@@ -203,6 +212,10 @@ def measure(
         reconstruction=arrays.errors,
     )
     return Measured(result, masks)
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(scores.mean(dtype=np.float64)) if scores.size else float("nan")
 
 
 def _segment(

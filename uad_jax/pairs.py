@@ -14,13 +14,43 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from uad_jax import tables, verdict
-from uad_jax.entries import IMPORTED, CompareError, Entry, lesion_values
+from uad_jax.entries import (
+    IMPORTED,
+    CompareError,
+    Entry,
+    healthy_values,
+    lesion_values,
+)
 from uad_jax.metrics import statistics
 
 ALPHA = 0.05
 MIN_RUNS_TO_BEAT = 3  # fewer seeds: no claim about a method
 _SAME_SLICES = 1.01  # numbers of slices seen that count as equal
-METRICS = {"ap": "AP", "dice": "Dice at the operating threshold"}
+
+
+class Metric(NamedTuple):
+    """A figure that is tested.
+
+    Attributes:
+      heading: Its name.
+      column: Of the per-subject table; "{rule}" stands for the operating rule.
+      healthy: Whether it is of healthy volumes, not of those with a lesion.
+      lower_is_better: Whether less is better.
+    """
+
+    heading: str
+    column: str
+    healthy: bool = False
+    lower_is_better: bool = False
+
+
+METRICS = {
+    "ap": Metric("AP", "ap"),
+    "dice": Metric("Dice at the operating threshold", "dice_{rule}"),
+    "contrast": Metric("Lesion contrast", "lesion_contrast"),
+    "l1": Metric("Healthy L1", "l1_brain", healthy=True, lower_is_better=True),
+    "ssim": Metric("Healthy SSIM", "ssim", healthy=True),
+}
 # What may differ between the members of a group, beside seed and fold.
 _FREE = ("name", "source", "evaluation")
 _FREE_TRAIN = ("log_every", "keep_checkpoints", "keep_every", "evaluate_every")
@@ -52,7 +82,7 @@ def groups(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 class Values(NamedTuple):
-    """A figure of every volume with an annotated lesion.
+    """A figure of every volume with an annotated lesion, or of every healthy one.
 
     Attributes:
       volumes: Volume -> value; NaN where there is none.
@@ -74,24 +104,25 @@ def volume_values(members: Sequence[Entry], metric: str, scorer: str = "") -> Va
 
     Args:
       members: Runs; one, or those of a group.
-      metric: "ap" or "dice", the latter at each member's own operating threshold.
+      metric: Of `METRICS`; Dice is at each member's own operating threshold.
       scorer: Whose values; "" = the run's own.
 
     Returns:
-      The values; none without an annotated lesion or an operating threshold.
+      The values; none where no volume has one.
 
     Raises:
       CompareError: If a volume has a value in some members only.
     """
+    chosen = METRICS[metric]
+    read = healthy_values if chosen.healthy else lesion_values
     totals: dict[str, list[float]] = {}
     patients: dict[str, str] = {}
     for member in members:
         rule, threshold = member.operating
         if metric == "dice" and (not rule or threshold is None):
             return Values({}, {})
-        column = "ap" if metric == "ap" else f"dice_{rule}"
         rows = member.rows[scorer or member.scorer]
-        values, patients = lesion_values(rows, column)
+        values, patients = read(rows, chosen.column.format(rule=rule))
         for subject, number in values.items():
             totals.setdefault(subject, []).append(number)
     torn = [name for name, found in totals.items() if len(found) != len(members)]
@@ -108,7 +139,7 @@ def volume_values(members: Sequence[Entry], metric: str, scorer: str = "") -> Va
 def compare_all(
     sides: Mapping[str, Sequence[Entry]], *, num_samples: int, num_rounds: int
 ) -> list[dict[str, Any]]:
-    """Tests every two of some runs, or of some groups, for AP and for Dice.
+    """Tests every two of some runs, or of some groups, for each metric.
 
     Args:
       sides: Name -> the run alone, or the members of a group.
@@ -120,9 +151,9 @@ def compare_all(
       Holm's p over all pairs of the metric, a verdict, and notes.
     """
     found = []
-    for metric, heading in METRICS.items():
+    for metric in METRICS:
         tests = [
-            _test(metric, heading, one, other, num_samples, num_rounds)
+            _test(metric, one, other, num_samples, num_rounds)
             for one, other in itertools.combinations(sides.items(), 2)
         ]
         tests = [test for test in tests if test["num_patients"]]
@@ -138,8 +169,8 @@ def compare_all(
 def cases(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, float]]]:
     """Metric -> patient -> run -> value, where patients are too few to rank by."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for metric in METRICS:
-        for entry in entries:
+    for metric, chosen in METRICS.items():
+        for entry in () if chosen.healthy else entries:
             values = volume_values([entry], metric)
             if 0 < values.num_patients < verdict.MIN_PATIENTS_TO_RANK:
                 means = statistics.by_unit(values.volumes, values.patients)
@@ -223,7 +254,6 @@ def same_slices(counts: Sequence[int]) -> bool:
 
 def _test(
     metric: str,
-    heading: str,
     one: tuple[str, Sequence[Entry]],
     other: tuple[str, Sequence[Entry]],
     num_samples: int,
@@ -232,7 +262,7 @@ def _test(
     first, second = (volume_values(side[1], metric) for side in (one, other))
     row: dict[str, Any] = {
         "metric": metric,
-        "heading": heading,
+        "heading": METRICS[metric].heading,
         "first": one[0],
         "second": other[0],
         "num_patients": min(first.num_patients, second.num_patients),
@@ -262,7 +292,8 @@ def _verdict(test: Mapping[str, Any]) -> str:
     if test["num_patients"] < verdict.MIN_PATIENTS_TO_BEAT:
         return "above" if difference > 0 else "below"
     if (low > 0 or high < 0) and test["p_holm"] < ALPHA:
-        return "beats" if difference > 0 else "is beaten by"
+        better = (difference > 0) != METRICS[test["metric"]].lower_is_better
+        return "beats" if better else "is beaten by"
     return "no difference shown"
 
 

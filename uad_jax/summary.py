@@ -179,6 +179,9 @@ def _voxel_metrics(lesions: Sequence[VolumeResult], num_samples: int) -> dict[st
         "ap_volume_mean": _mean([one.ap for one in lesions]),
         "auroc_volume_mean": _mean([one.auroc for one in lesions]),
         "dice_ceiling_volume_mean": _mean([one.dice_ceiling for one in lesions]),
+        "lesion_contrast_volume_mean": _known_mean(
+            [one.lesion_contrast for one in lesions]
+        ),
     }
     if not num_samples or _too_few(lesions):
         return row
@@ -338,6 +341,11 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
+def _known_mean(values: Sequence[float]) -> float:
+    """Mean of the values that exist; NaN without any."""
+    return _mean([value for value in values if not math.isnan(value)])
+
+
 def _healthy_reconstruction(results: Sequence[VolumeResult]) -> dict[str, float]:
     healthy = [one.reconstruction for one in results if one.healthy]
     if not healthy or not healthy[0]:
@@ -386,8 +394,9 @@ def subject_row(
         "lesion_voxels": result.lesion_voxels,
         "lesion_voxels_outside_brain": result.outside_lesion,
     }
-    for name in ("ap", "auroc", "dice_ceiling"):
-        row[name] = getattr(result, name) if result.has_lesion else ""
+    for name in ("ap", "auroc", "dice_ceiling", "lesion_contrast"):
+        value = getattr(result, name)
+        row[name] = value if result.has_lesion and not math.isnan(value) else ""
     for rule, found in result.found.items():
         value = result.dice(rule)
         unknown = np.isnan(value) or not result.annotated or result.sham

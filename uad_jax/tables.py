@@ -34,6 +34,12 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
         "best pooled Dice over all thresholds, chosen on the test set itself: an upper "
         "bound, not a result",
     ),
+    (
+        "lesion_contrast_volume_mean",
+        "Lesion contrast",
+        "mean score in the lesion over that in the rest of the eroded brain, mean over "
+        "volumes",
+    ),
     ("slice_auroc", "Slice AUROC", "slices with against slices without lesion"),
     ("volume_auroc", "Volume AUROC", "abnormal against healthy volumes"),
 )
