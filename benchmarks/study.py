@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from uad_jax import config as config_lib
 from uad_jax import evaluate, prepare, runtime, train
+from uad_jax.baseline_scorers import BaselineMemory
 from uad_jax.config import EvaluationSet
 from uad_jax.data import cohort
 from uad_jax.methods import cddpm, fanogan, spark
@@ -86,17 +87,20 @@ def main(argv: list[str]) -> None:
     prepare.prepare(source, root / "store", "grid2mm")
     for name, manifest in _sets().items():
         prepare.prepare(manifest, root / name, "grid2mm")
+    memory = BaselineMemory()
     for seed in map(int, _SEEDS.value):
         for modality in _MODALITIES.value:
             for name in _METHODS.value:
-                _run(root, modality, name, seed)
+                _run(root, modality, name, seed, memory)
 
 
 def _sets() -> dict[str, str]:
     return dict(one.split("=", 1) for one in _SETS.value)
 
 
-def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
+def _run(
+    root: pathlib.Path, modality: str, name: str, seed: int, memory: BaselineMemory
+) -> None:
     workdir = root / f"{modality}-{name}-{seed}"
     if (workdir / "results" / "test.json").exists():
         return
@@ -125,7 +129,7 @@ def _run(root: pathlib.Path, modality: str, name: str, seed: int) -> None:
     if result.stopped == "preempted":
         sys.exit(train.EXIT_PREEMPTED)
     if not isinstance(config.method, spark.SparkConfig | fanogan.GanConfig):
-        evaluate.evaluate(config, workdir, progress=False)
+        evaluate.evaluate(config, workdir, progress=False, memory=memory)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def calibrate(
     *,
     exported: bool = False,
     known: Known | None = None,
+    others: Calibrations | None = None,
 ) -> Calibrations:
     """Calibrates scorers, and writes the files of thresholds.
 
@@ -48,6 +49,7 @@ def calibrate(
       exported: Whether maps of the validation scans are written too, if the config
         asks for maps.
       known: Calibrations of sets before this one; the same scans are scored once.
+      others: Calibrations of further scorers by the same scans, to be added.
 
     Returns:
       (scorer, stage) -> calibration; empty, with one line that says so, if there are
@@ -71,6 +73,7 @@ def calibrate(
         for group in _groups(context, scorers, stages, parts):
             entries |= _calibrate(context, group, stages, parts, first)
         known[key] = entries
+    entries = {**entries, **(others or {})} if entries else {}
     for stage in stages if entries else ():
         path = context.calibration_path(stage)
         chosen = {name: one for (name, at), one in entries.items() if at is stage}

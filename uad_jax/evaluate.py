@@ -1,7 +1,6 @@
 """Evaluates a checkpoint: scores, thresholds, metrics, baselines, maps, report."""
 
 import contextlib
-import functools
 import math
 import pathlib
 import time
@@ -12,6 +11,7 @@ import jax
 from absl import logging
 
 from uad_jax import (
+    baseline_scorers,
     calibrating,
     drawing,
     evaluation,
@@ -24,12 +24,12 @@ from uad_jax import (
 from uad_jax import mesh as mesh_lib
 from uad_jax import results as results_lib
 from uad_jax import workdir as workdir_lib
+from uad_jax.baseline_scorers import BaselineMemory, Baselines
 from uad_jax.calibrating import Calibrations
 from uad_jax.config import ExperimentConfig
 from uad_jax.data.sources import VolumeInfo
 from uad_jax.evaluation import Context, Scales
 from uad_jax.measuring import VolumeResult
-from uad_jax.metrics import baselines
 from uad_jax.saved_run import SavedRun
 from uad_jax.scoring import Program, Scorer, Stage
 
@@ -41,6 +41,7 @@ def evaluate(
     step: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
+    memory: BaselineMemory | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one checkpoint on every configured set; the run is not changed.
 
@@ -52,6 +53,7 @@ def evaluate(
       step: Checkpoint; None = the best, or the latest of a run without validation.
       mesh: Devices; None = all.
       progress: Whether to show a progress bar.
+      memory: Results of the baselines, for evaluations of several runs in a row.
 
     Returns:
       Set name -> results, as in the JSON file (where NaN is null).
@@ -73,7 +75,9 @@ def evaluate(
         for context in found:
             logging.info("Evaluating step %d on %s.", step, context.name)
             scorer = model(context)
-            results[context.name] = evaluate_set(context, scorer, known=known)
+            results[context.name] = evaluate_set(
+                context, scorer, known=known, memory=memory
+            )
         return results
 
 
@@ -164,6 +168,7 @@ def evaluate_set(
     *,
     alone: bool = False,
     known: calibrating.Known | None = None,
+    memory: BaselineMemory | None = None,
 ) -> dict[str, Any]:
     """Evaluates one scorer on one set and writes what it found.
 
@@ -173,6 +178,7 @@ def evaluate_set(
       alone: Without baselines, unprocessed maps, pictures and files: the figures of
         one of many checkpoints.
       known: Calibrations of sets before this one, to be shared.
+      memory: Results of the baselines from evaluations before this one, to be shared.
 
     Returns:
       The results, as in the JSON file (where NaN is null).
@@ -183,18 +189,34 @@ def evaluate_set(
     watch = {"begin": time.monotonic()}
     test = _checked(context)
     stages = (Stage.PROCESSED,) if alone else tuple(Stage)
-    others, missing = ([], {}) if alone else _baselines(context)
+    recalled = memory.recall(context) if memory and not alone else None
+    others: list[Scorer] = []
+    missing: Mapping[str, str] = {}
+    if recalled:
+        missing = recalled.missing
+    elif not alone:
+        others, missing = baseline_scorers.fitted(context)
     scorers = [scorer, *others]
-    _refuse_one_name(scorers)
+    names = [*recalled.found[stages[0]]] if recalled else [one.name for one in others]
+    _refuse_one_name(scorer.name, names)
     calibrations = calibrating.calibrate(
-        context, scorers, stages, exported=not alone, known=known
+        context,
+        scorers,
+        stages,
+        exported=not alone,
+        known=known,
+        others=recalled.calibrations if recalled else None,
     )
     watch["calibrate"] = time.monotonic()
     scales = calibrating.scales(context, calibrations, scorer.name)
-    exact = _fits(context, test, scorers, stages)
+    exact = _fits(context, test, 1 + len(names), stages)
     if not scales and not exact:
         scales = calibrating.edges_only(context, scorers, test, stages)
     found = _score(context, scorers, test, scales, stages, exact, alone)
+    if recalled:
+        found = {stage: {**found[stage], **recalled.found[stage]} for stage in stages}
+    elif memory and not alone and scales:
+        _keep(memory, context, scorer.name, calibrations, found, missing)
     watch["score"] = time.monotonic()
     run = results_lib.run_facts(context)
     results = {
@@ -275,9 +297,25 @@ def _check_unseen(context: Context, test: Sequence[VolumeInfo]) -> None:
         )
 
 
-def _refuse_one_name(scorers: Sequence[Scorer]) -> None:
+def _keep(
+    memory: BaselineMemory,
+    context: Context,
+    own: str,
+    calibrations: Calibrations,
+    found: Mapping[Stage, Mapping[str, list[VolumeResult]]],
+    missing: Mapping[str, str],
+) -> None:
+    """Keeps all that was found but what was evaluated itself."""
+    baselines_of = {
+        stage: {name: results for name, results in rows.items() if name != own}
+        for stage, rows in found.items()
+    }
+    theirs = {key: one for key, one in calibrations.items() if key[0] != own}
+    memory.keep(context, Baselines(theirs, baselines_of, missing))
+
+
+def _refuse_one_name(first: str, others: Sequence[str]) -> None:
     """Results are kept by name."""
-    first, *others = [one.name for one in scorers]
     if first in others:
         raise ValueError(
             f"What is evaluated is called {first!r}, like one of the baselines. Give "
@@ -288,44 +326,12 @@ def _refuse_one_name(scorers: Sequence[Scorer]) -> None:
 def _fits(
     context: Context,
     test: Sequence[VolumeInfo],
-    scorers: Sequence[Scorer],
+    num_scorers: int,
     stages: Sequence[Stage],
 ) -> bool:
     """Whether all scores of the set may be held in memory."""
     brain = sum(sum(info.brain_voxels) for info in test)
-    return brain * len(scorers) * len(stages) <= context.settings.exact_voxels
-
-
-def _baselines(context: Context) -> tuple[list[Scorer], dict[str, str]]:
-    """The five baselines of every table; the atlas sees healthy training scans.
-
-    Returns:
-      The baselines, and name -> reason of those that there cannot be.
-    """
-    protocol = context.evaluation_set.protocol
-    store = context.training_store
-    healthy = calibrating.healthy(context.select(store, "train"))
-    functions: dict[str, scoring.Baseline] = dict(baselines.UNFITTED)
-    scored = [*context.test, *calibrating.volumes(context)]
-    depths = {info.depth for info in [*healthy, *scored]}
-    missing = {}
-    if len(healthy) < baselines.ATLAS_VOLUMES:
-        missing["atlas-z"] = (
-            f"fewer than {baselines.ATLAS_VOLUMES} healthy training scans"
-        )
-    elif len(depths) > 1:
-        numbers = " or ".join(map(str, sorted(depths)))
-        missing["atlas-z"] = f"volumes of {numbers} slices are not on one grid"
-    else:
-        atlas = baselines.fit_atlas(evaluation.images(context, store, healthy))
-        functions["atlas-z"] = functools.partial(baselines.atlas_z, atlas)
-    for name, reason in missing.items():
-        logging.warning("The table has no %s: %s.", name, reason)
-    found = [
-        scoring.baseline_scorer(name, function, protocol)
-        for name, function in functions.items()
-    ]
-    return found, missing
+    return brain * num_scorers * len(stages) <= context.settings.exact_voxels
 
 
 def _score(
