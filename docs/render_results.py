@@ -9,10 +9,12 @@ between `<!-- table: family -->` and `<!-- end -->` in `docs/results_<family>.md
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -187,6 +189,7 @@ _FIGURES = {
     "dice_healthy_fpr_volume_mean": "Dice healthy threshold",
     "dice_validated_volume_mean": "Dice validated",
     "dice_ceiling_pooled": "Dice ceiling (labels)",
+    "lesion_contrast_volume_mean": "lesion contrast",
 }
 
 
@@ -346,7 +349,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "synthetic-detection": lambda: detection_tables(load("synthetic")),
     "synthetic-training": lambda: training_table(load("synthetic")),
     "real-training": lambda: training_table(
@@ -356,17 +359,23 @@ TABLES = {
     "real-shams": lambda: sham_table(load("real", "test")),
     "real-mslub": lambda: case_table(load("real", "mslub")),
     "real-tcga": lambda: case_table(load("real", "tcga")),
-    "synthetic-diffusion-pairs": lambda: pair_table("synthetic_diffusion"),
-    "synthetic-cddpm-pairs": lambda: pair_table("synthetic_cddpm"),
-    "real-diffusion-pairs": lambda: pair_table("real_diffusion"),
 }
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """All tables by name; every collected comparison is one of pairs."""
+    names = [path.stem for path in (DOCS / "results" / "pairs").glob("*.json")]
+    return TABLES | {
+        f"{name.replace('_', '-')}-pairs": functools.partial(pair_table, name)
+        for name in sorted(names)
+    }
 
 
 def render() -> None:
     """Fills the tables of every results page."""
     for page in sorted(DOCS.glob("results_*.md")):
         text = page.read_text(encoding="utf-8")
-        for name, table in TABLES.items():
+        for name, table in tables().items():
             pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
             if re.search(pattern, text, re.S):
                 body = table()
