@@ -121,13 +121,12 @@ def test_a_move_changes_its_own_networks_only() -> None:
     np.testing.assert_allclose(scalars["loss"], 4.0)
 
 
-@pytest.mark.parametrize("convolutions", [False, True])
 @pytest.mark.parametrize(
     ("early", "early_count", "steps"),
     [(None, 0, 3), (True, 5, 5), (False, 5, 3), (True, 1, 1)],
 )
 def test_steps_are_repeated_as_often_as_asked(
-    convolutions: bool, early: bool | None, early_count: int, steps: int
+    early: bool | None, early_count: int, steps: int
 ) -> None:
     def step(position: Position, index: jax.Array) -> tuple[Position, Scalars]:
         moved = jax.tree.map(lambda w: w + 1.0, position.params)
@@ -138,7 +137,6 @@ def test_steps_are_repeated_as_often_as_asked(
         step,
         count=3,
         early_count=early_count,
-        convolutions=convolutions,
     )
     flag = None if early is None else jnp.array(early)
     after, scalars = jax.jit(lambda p: run(position=p, early=flag))(_position())

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from uad_jax.methods import base
+from uad_jax.ops import convolutions
 from uad_jax.types import Array, Batch, ModelState, TrainState, Tree
 
 # (parameters of all networks, rows) -> (loss [], means over the valid rows).
@@ -134,13 +135,8 @@ def repeat(
     *,
     early: Array | None = None,
     early_count: int = 0,
-    convolutions: bool = True,
 ) -> tuple[Position, dict[str, Any]]:
     """Takes several steps on one batch.
-
-    Convolution gradients inside a loop are 20 to 40 times slower on XLA:CPU, so there
-    the steps are unrolled. Those that only one phase takes lie in a `lax.cond`, which
-    slows them down as a loop does: on two cores avoid phases (`aae:cpu` has none).
 
     Args:
       step: (position, index [] int32) -> (position, scalars).
@@ -148,32 +144,16 @@ def repeat(
       count: Number of steps.
       early: While this is true, [] bool, there are `early_count` steps instead.
       early_count: 1 or more with `early`.
-      convolutions: Whether a step differentiates convolutions.
 
     Returns:
       The last position and the scalars of the last step.
     """
-    phased = early is not None and early_count != count
-    if convolutions and jax.default_backend() == "cpu":
-        fewer, more = sorted((count, early_count if phased else count))
-
-        def unrolled(carry: tuple, first: int, last: int) -> tuple:
-            for i in range(first, last):
-                carry = step(carry[0], jnp.int32(i))
-            return carry
-
-        carry = unrolled((position, {}), 0, fewer)
-        if not phased:
-            return carry
-        assert early is not None
-        goes_on = early if early_count > count else ~early
-        return jax.lax.cond(
-            goes_on, lambda c: unrolled(c, fewer, more), lambda c: c, carry
-        )
+    if jax.default_backend() == "cpu":
+        step = convolutions.canonical(step)
     shapes = jax.eval_shape(step, position, jnp.int32(0))[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     length: int | Array = count
-    if phased and early is not None:
+    if early is not None and early_count != count:
         length = jnp.where(early, early_count, count)
     return jax.lax.fori_loop(
         0, length, lambda i, carry: step(carry[0], i), (position, zeros)

@@ -414,7 +414,6 @@ def _critic_steps(
         away=config.compat is Compat.DENNER,
         early=is_early,
         early_count=config.first_critic_steps or config.critic.steps,
-        convolutions=False,
     )
 
     def encoder_loss(params: dict[str, Tree], rows: Batch) -> tuple:
