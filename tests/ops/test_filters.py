@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,16 @@ def test_gaussian_equals_scipy(sigma: float, num_axes: int) -> None:
     expected = scipy.ndimage.gaussian_filter(image, sigma, axes=axes)
     found = _gaussian(image, sigma=sigma, num_axes=num_axes)
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_gaussian_ends_where_the_volume_ends_whatever_lies_behind() -> None:
+    image = _random((7, 13, 11))
+    expected = scipy.ndimage.gaussian_filter(image[:4], 1.5)
+    image[4:] = np.nan
+    found = jax.jit(functools.partial(filters.gaussian, sigma=1.5, num_axes=3))(
+        image, num_valid=jnp.int32(4)
+    )
+    np.testing.assert_allclose(found[:4], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0])
