@@ -12,7 +12,16 @@ from jax.sharding import Mesh
 
 from tests import runs, stores
 from tests.test_seams import AdversarialConfig
-from uad_jax import bench, bench_score, bench_setting, config, flops, programs
+from uad_jax import (
+    anomaly_scores,
+    bench,
+    bench_score,
+    bench_setting,
+    config,
+    flops,
+    programs,
+)
+from uad_jax.anomaly_score_config import Score
 from uad_jax.methods import base
 
 FAST: dict[str, Any] = {"repeats": 3, "seconds": 0.02}
@@ -267,6 +276,42 @@ def test_times_of_a_batch_of_volumes_are_divided_by_the_volumes(
     assert row["slices_per_second"] == 6 / 0.2
     per_second = row["flops_per_slice"] * row["slices_per_second"]
     assert row["flops_per_second"] == pytest.approx(per_second)
+
+
+def test_a_score_that_the_host_drives_is_timed_as_evaluation_runs_it(
+    store: pathlib.Path, mesh1: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny: Any = runs.smoke_config(store)
+    tiny.method.score.kind = Score.RESTORATION
+    tiny.method.score.restoration.num_steps = 2
+    build, calls = anomaly_scores.host_scorer, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        score = build(*args, **options)
+        assert score is not None
+
+        def call(*given: Any) -> Any:
+            calls.append(1)
+            return score(*given)
+
+        return call
+
+    def timed(call: Any, setting: Any) -> list[float]:
+        call(3)
+        return [0.4]
+
+    monkeypatch.setattr(anomaly_scores, "host_scorer", counted)
+    monkeypatch.setattr(bench_setting, "timed", timed)
+    (row,) = bench.bench(tiny, train=False, mesh=mesh1, **FAST)["rows"]
+    assert len(calls) == 1 + 3 + 1  # compiled, timed, and the map to post-process
+    assert set(row) == SCORE
+    assert row["compile"]["seconds"] > 0
+    assert row["memory"]["program_bytes"] is None
+    # Two steps with gradients, each several times one reconstruction.
+    monkeypatch.setattr(anomaly_scores, "host_scorer", build)
+    tiny.method.score.kind = Score.RESIDUAL
+    (plain,) = bench.bench(tiny, train=False, mesh=mesh1, **FAST)["rows"]
+    assert row["flops_per_slice"] > 4 * plain["flops_per_slice"]
 
 
 def test_slabs_count_all_their_slices(store: pathlib.Path, mesh1: Mesh) -> None:

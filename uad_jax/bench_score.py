@@ -1,11 +1,14 @@
 """Scoring rows of a benchmark: whole volumes, from the score to the metrics."""
 
+import math
+from typing import Any
+
 import jax
 import numpy as np
 
 from uad_jax import bench_setting, programs, stand_ins
 from uad_jax import cost as cost_lib
-from uad_jax import mesh as mesh_lib
+from uad_jax import scoring as scoring_lib
 from uad_jax.bench_setting import Row, Setting
 from uad_jax.metrics import postprocess, voxel
 from uad_jax.metrics.protocols import Protocol
@@ -46,11 +49,17 @@ def measure(setting: Setting, size: int) -> Row:
 
 def needed_bytes(setting: Setting, size: int) -> int:
     """Memory of one device for so many volumes, as compiled; 0 = unknown."""
+    if scoring_lib.driven_by_host(setting.method(setting.config.batch_size)):
+        return 0
     return _Scoring(setting, size).total_bytes
 
 
 class _Scoring:
-    """A model of random weights and the compiled score of one batch of volumes."""
+    """A model of random weights, and what evaluation runs on a batch of volumes.
+
+    A score that the host drives compiles in its first call, whose time then counts as
+    that of the compilation; what its programs need is not known.
+    """
 
     def __init__(self, setting: Setting, size: int) -> None:
         config, mesh = setting.config, setting.mesh
@@ -62,8 +71,13 @@ class _Scoring:
         self.volumes = stand_ins.volumes(setting.shape, size, mesh)
         key = programs.run_key(config.seed, mesh)
         self.arguments = (state.for_eval(), self.volumes, key)
-        jitted = jax.jit(self.score, out_shardings=mesh_lib.batch_sharded(mesh))
+        self.run = scoring_lib.program(config.name, self.method, mesh)
+        self.flops, self.total_bytes = math.nan, 0
         with bench_setting.compiling() as self.compile:
+            if scoring_lib.driven_by_host(self.method):
+                jax.block_until_ready(self.run(*self.arguments))
+                return
+            jitted: Any = self.run
             lowered = jitted.lower(*self.arguments)
             self.run = lowered.compile()
         cost = cost_lib.estimate(lowered, self.run, state, mesh.size)

@@ -103,10 +103,15 @@ def program(name: str, method: Method, mesh: jax.sharding.Mesh) -> Program:
             "starts from it (warm_start) and evaluate that."
         )
     sharding = mesh_lib.batch_sharded(mesh)
-    driven = method.host_score
-    if driven is not None and jax.default_backend() == "cpu":
+    driven = driven_by_host(method)
+    if driven is not None:
         return lambda *given: jax.device_put(driven(*given), sharding)
     return jax.jit(method.score, out_shardings=sharding)
+
+
+def driven_by_host(method: Method) -> Program | None:
+    """The score that drives programs of its own, where it is what is run."""
+    return method.host_score if jax.default_backend() == "cpu" else None
 
 
 def method_scorer(
