@@ -18,6 +18,7 @@
                               --input=FILE               weights of another program
     python run.py rescore     --workdir=DIR --output=DIR --config.method.score.kind=KIND
                                                          the same run, another score
+                              [--choose_tv_weight=1,2]   of a restoration, by itself
     python run.py bench       --config=FILE              speed of training and scoring
     python run.py env                                    versions and devices
 
@@ -81,6 +82,9 @@ _OUTPUT = flags.DEFINE_string(
 _SET = flags.DEFINE_string("set", "", "compare: the set; default: the common one.")
 _FORCE = flags.DEFINE_bool("force", False, "predict: accept another modality.")
 _BATCH = flags.DEFINE_list("batch", [], "bench: batch sizes, such as 32,64.")
+_CHOOSE_TV_WEIGHT = flags.DEFINE_list(
+    "choose_tv_weight", [], "rescore: weights to choose from on healthy scans: 0.5,1,2."
+)
 _BENCH_TRAIN = flags.DEFINE_bool("train", False, "bench: training only.")
 _BENCH_SCORE = flags.DEFINE_bool("score", False, "bench: scoring only.")
 _QUICK = flags.DEFINE_bool("quick", False, "demo: a smaller one, in about a minute.")
@@ -347,17 +351,10 @@ def _bench() -> None:
         _CONFIG.value,
         train=both or _BENCH_TRAIN.value,
         score=both or _BENCH_SCORE.value,
-        batches=_batches(),
+        batches=_opening.numbers("batch", _BATCH.value, int, "32,64"),
         output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None,
         recipe=_RECIPE.value,
     )
-
-
-def _batches() -> list[int]:
-    try:
-        return [int(size) for size in _BATCH.value]
-    except ValueError:
-        sys.exit(f"--batch={','.join(_BATCH.value)}: use numbers, such as 32,64.")
 
 
 def _run_config() -> Any:
@@ -374,8 +371,10 @@ def _rescore() -> None:
     from uad_jax import rescoring
 
     _need("workdir", "output")
-    output = pathlib.Path(_OUTPUT.value)
-    rescoring.rescore(_run_config(), pathlib.Path(_WORKDIR.value), output)
+    workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
+    name, texts = _CHOOSE_TV_WEIGHT.name, _CHOOSE_TV_WEIGHT.value
+    weights = _opening.numbers(name, texts, float, "0.5,1,2")
+    rescoring.rescore(_run_config(), workdir, output, tv_weights=weights)
     print(f"Next: python run.py evaluate --workdir={output}")
 
 

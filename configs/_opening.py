@@ -32,6 +32,21 @@ def _given(argv: list[str], name: str) -> str:
     return value
 
 
+def numbers(name: str, texts: Sequence[str], kind: type, example: str) -> list[Any]:
+    """The numbers of a list flag, or ends with one sentence that says how to write it.
+
+    Args:
+      name: Of the flag.
+      texts: Its values.
+      kind: int or float.
+      example: What to write instead.
+    """
+    try:
+        return [kind(text) for text in texts]
+    except ValueError:
+        sys.exit(f"--{name}={','.join(texts)}: use numbers, such as {example}.")
+
+
 def source_of(chosen: str) -> str:
     """What a run stores as its config: a file of this repository by its place in it.
 

@@ -17,8 +17,9 @@ import pytest
 from configs import smoke
 from tests import stores
 from uad_jax import config as config_lib
-from uad_jax import evaluate, prediction, train
+from uad_jax import evaluate, prediction, rescoring, train
 from uad_jax import mesh as mesh_lib
+from uad_jax.anomaly_score_config import Score
 from uad_jax.data import sources
 from uad_jax.metrics import calibration
 
@@ -239,6 +240,52 @@ def test_evaluation_leaves_the_run_as_it_was(
     before = checkpoints()
     evaluate.evaluate(config, workdir, progress=False)
     assert checkpoints() == before
+
+
+def _files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_is_scored_anew_with_the_weight_that_healthy_scans_choose(
+    trained: tuple[config_lib.ExperimentConfig, pathlib.Path],
+    evaluated: dict,
+    tmp_path: pathlib.Path,
+) -> None:
+    config, workdir = trained
+    before, output = _files(workdir), tmp_path / "restored"
+    asked: Any = copy.deepcopy(config)
+    asked.method.score.kind = Score.RESTORATION
+    asked.method.score.restoration.num_steps = 2
+    weights = (500.0, 0.5)
+    rescoring.rescore(asked, workdir, output, tv_weights=weights, progress=False)
+    stored = json.loads((output / "config.json").read_text())
+    config_lib.fill(asked, stored)  # what the command line does
+    (found,) = evaluate.evaluate(asked, output, progress=False).values()
+
+    chosen = json.loads((output / "tv_weight.json").read_text())
+    assert found["run"]["tv_weight"] == chosen
+    assert chosen["candidates"] == list(weights)
+    assert (chosen["scans"], chosen["step"]) == (1, evaluated["run"]["step"])
+    best = int(np.argmin(chosen["mean_changes"]))
+    assert asked.method.score.restoration.tv_weights == (weights[best],)
+    # The residual is absolute: its mean on the healthy scan is the mean change.
+    path = output / f"calibration/{chosen['step']}/behrendt.json"
+    (score,) = calibration.load(path)["smoke"].healthy_volume_scores
+    assert min(chosen["mean_changes"]) == pytest.approx(score, rel=1e-3)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert f"{weights[best]:g}, with which 1 healthy validation scans" in page
+
+    results = json.loads((output / "results" / "test.json").read_text())
+    old, new = (
+        {name: row["ap_pooled"] for name, row in one["scorers"].items()}
+        for one in (evaluated, results)
+    )
+    assert {name for name in old if old[name] != new[name]} == {"smoke"}
+    assert _files(workdir) == before
 
 
 def test_another_modality_is_refused_with_both_names(

@@ -43,6 +43,10 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
             "one of <behrendt|baur|kascenas|thresh|none>",
         ),
         (["rescore", "--protocol=baur"], "belongs to evaluate and predict"),
+        (
+            ["rescore", "--workdir=x", "--output=y", "--choose_tv_weight=1,b"],
+            "--choose_tv_weight=1,b: use numbers, such as 0.5,1,2.",
+        ),
         (["compare", "a", "b", "--protocol=baur"], "compare --set=test_baur"),
         (["evaluate", "--workdir=no/run"], "no/run is not the directory of a run"),
     ],

@@ -333,7 +333,18 @@ def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         short = weights["sha256"][:_FINGERPRINT]
         rows.append(("Weights", f"imported from {weights['file']} (SHA-256 {short})"))
         rows.append(("Source of the weights", weights["note"] or "not stated"))
+    if run.get("tv_weight"):
+        rows.append(("Weight of the total variation", _tv_weight(run["tv_weight"])))
     return [row for row in rows if row[1]]
+
+
+def _tv_weight(found: Mapping[str, Any]) -> str:
+    pairs = zip(found["candidates"], found["mean_changes"], strict=True)
+    figures = ", ".join(f"{weight:g}: {change:.5f}" for weight, change in pairs)
+    return (
+        f"{found['weight']:g}, with which {found['scans']} healthy validation scans "
+        f"change least (mean change of a brain voxel with {figures})"
+    )
 
 
 def _device(environment: Mapping[str, Any]) -> str:

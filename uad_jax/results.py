@@ -72,8 +72,15 @@ def run_facts(context: Context) -> dict[str, Any]:
         "seed": config.seed,
         "config": without_folders(config_lib.to_dict(config)),
         "imported": imported,
+        "tv_weight": _tv_weight(context.workdir),
         "training": None if imported else state,  # nobody knows how it was trained
     }
+
+
+def _tv_weight(workdir: pathlib.Path) -> Any:
+    """How the weight of a restoration was chosen, where it was; else None."""
+    path = workdir / workdir_lib.TV_WEIGHT
+    return workdir_lib.read_json(path) if path.is_file() else None
 
 
 def staged_segmentations(context: Context) -> pathlib.Path:

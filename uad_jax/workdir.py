@@ -23,6 +23,7 @@ ENVIRONMENT = "env.json"
 FINGERPRINT = "data_fingerprint.json"
 PROFILE = "data_profile.json"  # which modalities the model knows, and their look
 IMPORTED = "imported.json"  # which file of another program the weights are from
+TV_WEIGHT = "tv_weight.json"  # how the weight of a restoration was chosen
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
 
