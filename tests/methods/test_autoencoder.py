@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import smoke
+from uad_jax import autoencoding, types
 from uad_jax import config as config_lib
-from uad_jax import types
 from uad_jax.methods import autoencoder, base
 from uad_jax.methods.autoencoder import AutoencoderConfig, Variant
 from uad_jax.ops import losses, residuals
@@ -119,12 +119,12 @@ def test_sample_has_the_posteriors_mean_and_deviation() -> None:
     batch = _batch(rows=1)
     model = _model(CONFIG, batch)
     keys = jax.random.split(jax.random.key(5), 1)
-    output, (mu, log_sigma) = autoencoder.autoencode(
-        CONFIG, model.params, batch.image, keys=keys
+    networks = autoencoder.networks(CONFIG, batch.image.shape)
+    output, (mu, log_sigma) = autoencoding.autoencode(
+        networks, model.params, batch.image, keys=keys
     )
     draw = jax.random.normal(jax.random.split(keys[0], 4)[2], mu.shape[1:])
-    _, decoder = autoencoder.networks(CONFIG, batch.image.shape)
-    expected = decoder.apply(
+    expected = networks.decoder.apply(
         {"params": model.params["decoder"]}, mu + jnp.exp(log_sigma) * draw[None]
     )
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
@@ -165,7 +165,8 @@ def test_the_divergence_of_a_spatial_code_is_summed_over_its_sites() -> None:
     )
     batch = _batch()
     model = _model(config, batch)
-    _, (mu, log_sigma) = autoencoder.autoencode(config, model.params, batch.image)
+    networks = autoencoder.networks(config, batch.image.shape)
+    _, (mu, log_sigma) = autoencoding.autoencode(networks, model.params, batch.image)
     assert mu.shape == log_sigma.shape == (4, 1, 1, 3)
     value, scalars = _loss(config, train=False)
     terms = 0.5 * (mu**2 + jnp.exp(2 * log_sigma) - 2 * log_sigma - 1)

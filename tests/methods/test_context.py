@@ -87,12 +87,24 @@ def test_the_released_form_hides_those_of_the_last_valid_slice() -> None:
     assert (own[0] != own[2]).any()
 
 
+def _reconstructed(
+    config: ContextConfig,
+    model: types.ModelState,
+    image: jax.Array,
+    keys: jax.Array | None,
+    *,
+    sample: bool = True,
+) -> jax.Array:
+    reconstruct = context.score_functions(config).reconstruct
+    fixed = functools.partial(reconstruct, sample=sample, dropout=False)
+    return jax.jit(fixed)(model, image, keys)
+
+
 def _filled(config: ContextConfig, batch: types.Batch, target: jax.Array) -> float:
     """Sum-L1 of the filled-in image from the mean code, branch by branch."""
     hidden = jnp.asarray(_hidden(config, batch))[..., None]
     seen = jnp.where(hidden, 0.0, batch.image)
-    reconstruct = jax.jit(functools.partial(context.reconstruct_slices, config))
-    output = reconstruct(_model(config.variant), seen)
+    output = _reconstructed(config, _model(config.variant), seen, None)
     error = np.asarray(jnp.abs(output - (seen if target is None else target)))
     return error.sum(axis=(1, 2, 3)).mean()
 
@@ -221,9 +233,9 @@ def test_the_score_ignores_its_neighbours_and_the_padding() -> None:
 def test_nothing_is_hidden_and_nothing_random_without_keys() -> None:
     batch, model = _batch(), _model()
     keys = base.sample_keys(jax.random.key(1), batch.uid, batch.slice_index)
-    fixed = context.reconstruct_slices(CONFIG, model, batch.image)
-    mean = context.reconstruct_slices(CONFIG, model, batch.image, keys, sample=False)
-    drawn = context.reconstruct_slices(CONFIG, model, batch.image, keys)
+    fixed = _reconstructed(CONFIG, model, batch.image, None)
+    mean = _reconstructed(CONFIG, model, batch.image, keys, sample=False)
+    drawn = _reconstructed(CONFIG, model, batch.image, keys)
     np.testing.assert_array_equal(fixed, mean)
     assert (fixed != drawn).any()
     prior = context.reconstruct(

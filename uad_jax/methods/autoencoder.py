@@ -12,18 +12,13 @@ a sample (`sample_at_test=True`). Dropout and noise are keyed by volume and slic
 import dataclasses
 import enum
 import functools
-from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
-from uad_jax import anomaly_scores, optim
+from uad_jax import anomaly_scores, autoencoding, optim
 from uad_jax.anomaly_score_config import ScoreConfig
 from uad_jax.methods import base
 from uad_jax.nn import autoencoder, blocks
 from uad_jax.ops import losses, residuals
-from uad_jax.score_functions import Functions, Terms
+from uad_jax.score_functions import Functions
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 
@@ -98,27 +93,12 @@ class AutoencoderConfig:
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot work."""
-        for name in ("latent_size", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
-        for name in (
-            "latent_channels",
-            "intermediate_resolution",
-            "kl_weight",
-            "score_chunk",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+        autoencoding.check(
+            self,
+            ("latent_size",),
+            ("latent_channels", "intermediate_resolution", "kl_weight", "score_chunk"),
+        )
         base.check_training(self.accumulate_steps, self.ema_decay)
-        if self.max_width < self.width or self.max_width % 8:
-            raise ValueError(
-                f"max_width is {self.max_width}; use a multiple of 8 that is at least "
-                f"width = {self.width}."
-            )
-        if self.width % 8:
-            raise ValueError(f"width is {self.width}; use a multiple of 8.")
         self.score.validate(
             f"variant={self.variant.value}",
             posterior=self.variant.variational,
@@ -157,96 +137,33 @@ class AutoencoderConfig:
 
 def networks(
     config: AutoencoderConfig, image_shape: tuple[int, ...]
-) -> tuple[autoencoder.Encoder, autoencoder.Decoder]:
+) -> autoencoding.Networks:
     """Builds encoder and decoder for images of shape (..., H, W, C).
 
     Raises:
       ValueError: If the image does not fit the intermediate resolution.
     """
-    height, width, channels = image_shape[-3:]
-    levels = blocks.num_levels(height, width, config.intermediate_resolution)
     variant = config.variant
-    shared: dict[str, Any] = {
-        "num_levels": levels,
-        "width": config.width,
-        "max_width": config.max_width,
-        "norm": config.norm,
-        "dtype": jnp.dtype(config.precision.value),
-    }
-    encoder = autoencoder.Encoder(
-        latent_size=None if variant.spatial else config.latent_size,
-        num_heads=2 if variant.variational else 1,
-        latent_channels=config.latent_channels,
-        **shared,
+    shared = autoencoding.layers(config, image_shape)
+    return autoencoding.Networks(
+        autoencoder.Encoder(
+            latent_size=None if variant.spatial else config.latent_size,
+            num_heads=2 if variant.variational else 1,
+            latent_channels=config.latent_channels,
+            **shared,
+        ),
+        autoencoder.Decoder(
+            image_shape=image_shape[-3:],
+            widen=variant.spatial and config.latent_channels > 0,
+            **shared,
+        ),
     )
-    decoder = autoencoder.Decoder(
-        image_shape=(height, width, channels),
-        widen=variant.spatial and config.latent_channels > 0,
-        **shared,
-    )
-    return encoder, decoder
 
 
 def init_model(config: AutoencoderConfig, key: Key, batch: Batch) -> ModelState:
     """Initialises {"encoder": ..., "decoder": ...} for the batch's image shape."""
-    encoder, decoder = networks(config, batch.image.shape)
-    image = jnp.zeros((1, *batch.image.shape[-3:]), jnp.float32)
-    encoder_key, decoder_key = jax.random.split(key)
-    codes, encoder_variables = encoder.init_with_output(encoder_key, image)
-    decoder_variables = decoder.init(decoder_key, codes[0])
-    return ModelState(
-        params={
-            "encoder": encoder_variables.get("params", {}),
-            "decoder": decoder_variables["params"],
-        },
-        collections={},
-    )
-
-
-def autoencode(
-    config: AutoencoderConfig,
-    params: dict[str, Tree],
-    image: Array,
-    *,
-    keys: Array | None = None,
-    train: bool = False,
-    sample: bool = True,
-) -> tuple[Array, tuple[Array, ...]]:
-    """Reconstructs slices.
-
-    Args:
-      config: The autoencoder.
-      params: {"encoder": ..., "decoder": ...}.
-      image: [N, H, W, C] float.
-      keys: One key per slice, [N]: a VAE decodes a sample; None: the mean.
-      train: Whether dropout is on; needs keys.
-      sample: False: the mean even with keys, which dropout needs.
-
-    Returns:
-      The reconstruction [N, H, W, C] float32 and the codes: (code,), or a VAE's
-      (mu, log_sigma), each [N, latent_size] or [N, h, w, channels] float32.
-    """
-    encoder, decoder = networks(config, image.shape)
-    streams = [None] * 4 if keys is None else list(base.split_keys(keys, 4))
-    codes = _apply(
-        encoder,
-        params["encoder"],
-        image,
-        dropout=config.dropout,
-        keys=streams[: encoder.num_heads] if train else None,
-    )
-    code = codes[0]
-    if config.variant.variational and keys is not None and sample:
-        draw = jax.vmap(lambda key: jax.random.normal(key, code.shape[1:]))
-        code = code + jnp.exp(codes[1]) * draw(streams[2])
-    reconstruction = _apply(
-        decoder,
-        params["decoder"],
-        code,
-        dropout=config.dropout,
-        keys=streams[3] if train else None,
-    )
-    return reconstruction, codes
+    shape = batch.image.shape
+    return autoencoding.init_model(networks(config, shape), key, shape)
 
 
 def loss(
@@ -273,7 +190,13 @@ def loss(
       they enter the loss (kl before its weight), "l1" the mean absolute error.
     """
     keys = base.sample_keys(key, batch.uid, batch.slice_index)
-    output, codes = autoencode(config, params, batch.image, keys=keys, train=train)
+    output, codes = autoencoding.autoencode(
+        networks(config, batch.image.shape),
+        params,
+        batch.image,
+        keys=keys,
+        dropout=config.dropout if train else None,
+    )
     terms = losses.pixels(config.pixel_loss, output, batch.image)
     rows = losses.per_row(terms, config.reduction)
     l1 = losses.l1(output, batch.image, losses.Reduction.MEAN)
@@ -303,31 +226,9 @@ def validation_loss(
 
 def score_functions(config: AutoencoderConfig) -> Functions:
     """What the shared scores need of an autoencoder."""
-
-    def reconstruct(
-        model: ModelState,
-        image: Array,
-        keys: Array | None,
-        *,
-        sample: bool,
-        dropout: bool,
-    ) -> Array:
-        return autoencode(
-            config, model.params, image, keys=keys, train=dropout, sample=sample
-        )[0]
-
-    def terms(
-        model: ModelState, image: Array, keys: Array | None, kind: losses.PixelLoss
-    ) -> Terms:
-        output, codes = autoencode(config, model.params, image, keys=keys)
-        error = losses.pixels(kind, output, image)
-        rows = losses.per_row(error, losses.Reduction.SUM)
-        kl = jnp.zeros_like(rows)
-        if config.variant.variational:
-            kl = losses.kl_normal(codes[0], codes[1])
-        return Terms(output, rows, kl)
-
-    return Functions(reconstruct, terms, config.kl_weight)
+    return autoencoding.score_functions(
+        functools.partial(networks, config), config.dropout, config.kl_weight
+    )
 
 
 def reconstruct(
@@ -340,8 +241,6 @@ def reconstruct(
 ) -> Array:
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
     keys = base.row_keys(key, image.shape[0]) if config.sample_at_test else None
-    return autoencode(config, model.params, image, keys=keys)[0]
-
-
-def _apply(module: nn.Module, params: Tree, x: Array, **kwargs: Any) -> Any:
-    return module.apply({"params": params}, x, **kwargs)
+    return autoencoding.autoencode(
+        networks(config, image.shape), model.params, image, keys=keys
+    )[0]

@@ -18,7 +18,6 @@ the mean of the posterior (`sample_at_test=True`: a sample).
 import dataclasses
 import enum
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -28,7 +27,7 @@ from uad_jax.compat import Compat
 from uad_jax.methods import base
 from uad_jax.nn import autoencoder, blocks
 from uad_jax.ops import corrupt, losses, residuals
-from uad_jax.score_functions import Functions, Terms
+from uad_jax.score_functions import Functions
 from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 
@@ -114,29 +113,14 @@ class ContextConfig:
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot work."""
-        for name in ("max_squares", "latent_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
-        for name in (
-            "square_side",
-            "intermediate_resolution",
-            "kl_weight",
-            "score_chunk",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
+        autoencoding.check(
+            self,
+            ("max_squares", "latent_size"),
+            ("square_side", "intermediate_resolution", "kl_weight", "score_chunk"),
+        )
         if not 0 <= self.context_weight <= 1:
             raise ValueError(
                 f"context_weight is {self.context_weight}; it must lie in [0, 1]."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
-        if self.width < 8 or self.width % 8:
-            raise ValueError(f"width is {self.width}; use a multiple of 8.")
-        if self.max_width < self.width or self.max_width % 8:
-            raise ValueError(
-                f"max_width is {self.max_width}; use a multiple of 8 that is at least "
-                f"width = {self.width}."
             )
         base.check_training(self.accumulate_steps, self.ema_decay)
         self.score.validate(
@@ -186,13 +170,7 @@ def networks(
     """
     height, width, channels = image_shape[-3:]
     corrupt.square_side(height, width, config.square_side)
-    shared: dict[str, Any] = {
-        "num_levels": blocks.num_levels(height, width, config.intermediate_resolution),
-        "width": config.width,
-        "max_width": config.max_width,
-        "norm": config.norm,
-        "dtype": jnp.dtype(config.precision.value),
-    }
+    shared = autoencoding.layers(config, image_shape)
     return autoencoding.Networks(
         autoencoder.Encoder(
             latent_size=config.latent_size,
@@ -344,56 +322,10 @@ def validation_loss(
     return {"loss": value, **scalars}
 
 
-def reconstruct_slices(
-    config: ContextConfig,
-    model: ModelState,
-    image: Array,
-    keys: Array | None = None,
-    *,
-    sample: bool = True,
-    dropout: bool = False,
-) -> Array:
-    """Reconstructs whole slices; nothing is hidden.
-
-    Args:
-      config: The method.
-      model: The model.
-      image: [N, H, W, C] float32.
-      keys: One key per slice, [N]; None: nothing is random.
-      sample: CEVAE, with keys: decode a sample, not the mean.
-      dropout: With keys: drop units.
-
-    Returns:
-      [N, H, W, C] float32.
-    """
-    return autoencoding.autoencode(
-        networks(config, image.shape),
-        model.params,
-        image,
-        keys=keys,
-        dropout=config.dropout if dropout else None,
-        sampled=sample,
-    )[0]
-
-
 def score_functions(config: ContextConfig) -> Functions:
-    """What the shared scores need of a context encoder."""
-
-    def terms(
-        model: ModelState, image: Array, keys: Array | None, kind: losses.PixelLoss
-    ) -> Terms:
-        output, codes = autoencoding.autoencode(
-            networks(config, image.shape), model.params, image, keys=keys
-        )
-        error = losses.pixels(kind, output, image)
-        rows = losses.per_row(error, losses.Reduction.SUM)
-        kl = jnp.zeros_like(rows)
-        if config.variant is Variant.CEVAE:
-            kl = losses.kl_normal(codes[0], codes[1])
-        return Terms(output, rows, kl)
-
-    return Functions(
-        functools.partial(reconstruct_slices, config), terms, config.kl_weight
+    """What the shared scores need of a context encoder; nothing is hidden."""
+    return autoencoding.score_functions(
+        functools.partial(networks, config), config.dropout, config.kl_weight
     )
 
 
@@ -407,4 +339,6 @@ def reconstruct(
 ) -> Array:
     """Pseudo-healthy version of slices [N, H, W, C]; the strength has no effect."""
     keys = base.row_keys(key, image.shape[0]) if config.sample_at_test else None
-    return reconstruct_slices(config, model, image, keys)
+    return autoencoding.autoencode(
+        networks(config, image.shape), model.params, image, keys=keys
+    )[0]

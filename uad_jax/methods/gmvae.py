@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uad_jax import anomaly_scores, optim
+from uad_jax import anomaly_scores, autoencoding, optim
 from uad_jax.anomaly_score_config import ScoreConfig, mixture_score
 from uad_jax.compat import Compat
 from uad_jax.methods import base
@@ -95,28 +95,18 @@ class GmvaeConfig:
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot work."""
-        for name in ("latent_size", "context_size", "num_components"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
-        for name in (
-            "prior_width",
-            "free_bits",
-            "intermediate_resolution",
-            "kl_weight",
-            "score_chunk",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+        autoencoding.check(
+            self,
+            ("latent_size", "context_size", "num_components"),
+            (
+                "prior_width",
+                "free_bits",
+                "intermediate_resolution",
+                "kl_weight",
+                "score_chunk",
+            ),
+        )
         base.check_training(self.accumulate_steps, self.ema_decay)
-        if self.width < 8 or self.width % 8:
-            raise ValueError(f"width is {self.width}; use a multiple of 8.")
-        if self.max_width < self.width or self.max_width % 8:
-            raise ValueError(
-                f"max_width is {self.max_width}; use a multiple of 8 that is at least "
-                f"width = {self.width}."
-            )
         self.score.validate("gmvae", posterior=True, dropout=self.dropout > 0)
         self.optimizer.validate()
 
@@ -204,18 +194,11 @@ def networks(config: GmvaeConfig, image_shape: tuple[int, ...]) -> Networks:
       ValueError: If the image does not fit the intermediate resolution.
     """
     height, width, channels = image_shape[-3:]
-    dtype = jnp.dtype(config.precision.value)
-    shared: dict[str, Any] = {
-        "num_levels": blocks.num_levels(height, width, config.intermediate_resolution),
-        "width": config.width,
-        "max_width": config.max_width,
-        "norm": config.norm,
-        "dtype": dtype,
-    }
+    shared = autoencoding.layers(config, image_shape)
     return Networks(
         encoder=autoencoder.Encoder(latent_size=None, **shared),
         heads=networks_lib.Heads(
-            config.latent_size, config.context_size, config.spatial, dtype
+            config.latent_size, config.context_size, config.spatial, shared["dtype"]
         ),
         prior=networks_lib.Prior(
             config.latent_size, config.num_components, config.prior_width
