@@ -204,7 +204,7 @@ def score_functions(
         error = losses.pixels(kind, output, image)
         rows = losses.per_row(error, losses.Reduction.SUM)
         gaussian = networks.encoder.num_heads == 2
-        kl = losses.kl_normal(*codes) if gaussian else jnp.zeros_like(rows)
+        kl = losses.kl_normal(codes[0], codes[1]) if gaussian else jnp.zeros_like(rows)
         return Terms(output, rows, kl)
 
     rate = dropout

@@ -143,6 +143,7 @@ def networks(
     Raises:
       ValueError: If the image does not fit the intermediate resolution.
     """
+    height, width, channels = image_shape[-3:]
     variant = config.variant
     shared = autoencoding.layers(config, image_shape)
     return autoencoding.Networks(
@@ -153,7 +154,7 @@ def networks(
             **shared,
         ),
         autoencoder.Decoder(
-            image_shape=image_shape[-3:],
+            image_shape=(height, width, channels),
             widen=variant.spatial and config.latent_channels > 0,
             **shared,
         ),
