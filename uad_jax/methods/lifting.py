@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from uad_jax.methods import base
+from uad_jax.ops import slabs
 from uad_jax.types import Array, Key, ModelState, Scores, Tree, Volumes
 
 # (model, image [N, H, W, C], mask [N, H, W, 1], keys [N]) -> map [N, H, W] and
@@ -206,45 +207,42 @@ def over_slabs(
             f"The overlap is {overlap}; slabs of {num_slices} slices need one in "
             f"[0, {num_slices - 1}]."
         )
-    stride = num_slices - overlap
 
     def lifted(model: ModelState, volumes: Volumes, key: Key) -> Tree:
         batch, depth = volumes.valid.shape
-        padded = max(depth, num_slices)
+        where = slabs.places(volumes.valid, num_slices, overlap)
+        image, mask, valid = (
+            slabs.padded(x, num_slices)
+            for x in (volumes.image, volumes.mask, volumes.valid)
+        )
 
-        def pad(x: Array) -> Array:
-            ends = [(0, 0), (0, padded - depth)] + [(0, 0)] * (x.ndim - 2)
-            return jnp.pad(x, ends)
+        def slab(start: Array) -> Tree:
+            def part(x: Array) -> Array:
+                return slabs.cut(x, start[:, None], num_slices)[:, 0]
 
-        image, mask, valid = pad(volumes.image), pad(volumes.mask), pad(volumes.valid)
-        own_depth = valid.sum(axis=1)
-
-        def slab(index: Array) -> tuple[Array, Array, Tree]:
-            start = jnp.clip(index * stride, 0, jnp.maximum(own_depth - num_slices, 0))
-            before = (index - 1) * stride + num_slices
-            used = (index == 0) | (before < own_depth)
-            rows = jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, num_slices))
             z = start[:, None] + jnp.arange(num_slices)[None]
             uid = jnp.repeat(volumes.uid, num_slices)
             keys = base.sample_keys(key, uid, z.reshape(-1)).reshape(z.shape)
-            parts = rows(image, start), rows(mask, start), rows(valid, start)
-            return start, used.astype(jnp.float32), function(model, *parts, keys)
+            return function(model, part(image), part(mask), part(valid), keys)
 
-        def step(sums: tuple, index: Array) -> tuple[tuple, None]:
-            start, used, out = slab(index)
+        def step(sums: tuple, place: slabs.Places) -> tuple[tuple, None]:
+            out = slab(place.start)
+            used = place.used.astype(jnp.float32)
             ones = jnp.ones((batch, num_slices), jnp.float32)
             sums = jax.tree.map(
-                lambda s, x: _add_rows(s, _scale(x, used), start), sums, (ones, out)
+                lambda s, x: _add_rows(s, _scale(x, used), place.start),
+                sums,
+                (ones, out),
             )
             return sums, None
 
-        count = 1 + -(-(padded - num_slices) // stride)
-        shapes = jax.eval_shape(lambda: slab(jnp.int32(0))[2])
+        shapes = jax.eval_shape(slab, where.start[:, 0])
         zeros = jax.tree.map(
-            lambda x: jnp.zeros((batch, padded, *x.shape[2:]), x.dtype), shapes
+            lambda x: jnp.zeros((*valid.shape, *x.shape[2:]), x.dtype), shapes
         )
-        sums = (jnp.zeros((batch, padded), jnp.float32), zeros)
-        (weight, out), _ = jax.lax.scan(step, sums, jnp.arange(count))
+        sums = (jnp.zeros(valid.shape, jnp.float32), zeros)
+        turned = jax.tree.map(jnp.transpose, where)
+        (weight, out), _ = jax.lax.scan(step, sums, turned)
         share = 1.0 / jnp.maximum(weight, 1.0)
         return jax.tree.map(lambda x: _scale(x, share)[:, :depth], out)
 
