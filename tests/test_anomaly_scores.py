@@ -307,24 +307,6 @@ def test_a_restored_volume_ignores_the_others() -> None:
     )
 
 
-def test_the_weight_is_chosen_that_changes_healthy_scans_least() -> None:
-    config = _vae(num_steps=2, tv_weights=(9.0, 0.1, 3.0), clip=0.0)
-    functions = autoencoder.score_functions(config)
-    settings, volumes = config.score.restoration, _volumes()
-    choose = functools.partial(restoring.choose_tv_weight, functions, settings)
-    index, means = jax.jit(choose)(_vae_model(), volumes, jax.random.key(0))
-    assert index == np.argmin(means)
-    assert len(set(np.asarray(means).tolist())) == 3
-    # The mean map in the brain of one weight alone is the mean change.
-    one = dataclasses.replace(settings, tv_weights=(3.0,))
-    score = dataclasses.replace(config.score, restoration=one)
-    method = dataclasses.replace(config, score=score).make(RUN)
-    assert method.host_score is not None
-    scores = method.host_score(_vae_model(), volumes, jax.random.key(0))
-    brain = volumes.mask[..., 0] & volumes.valid[:, :, None, None]
-    np.testing.assert_allclose(means[2], scores.anomaly_map[brain].mean(), rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("change", "has", "message"),
     [

@@ -14,7 +14,7 @@ from uad_jax import gradient_score, restoring
 from uad_jax.anomaly_score_config import Score, ScoreConfig, SliceScore
 from uad_jax.methods import lifting
 from uad_jax.ops import losses, residuals
-from uad_jax.score_functions import Functions
+from uad_jax.score_functions import Functions, Rows
 from uad_jax.types import Array, Key, ModelState, Scores, Volumes
 
 
@@ -57,7 +57,8 @@ def scorer(
     """
 
     def slices(model: ModelState, image: Array, mask: Array, keys: Array) -> Slices:
-        return _slices(functions, config, sample, model, image, mask, keys)
+        rows = Rows(image, mask, keys)
+        return of_slices(functions, config, model, rows, sample=sample)
 
     if config.kind is Score.GRADIENT and jax.default_backend() == "cpu":
         # Chunks are a loop, in which XLA:CPU runs convolution gradients slowly.
@@ -66,7 +67,7 @@ def scorer(
 
     def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
         found: Slices = lifted(model, volumes, key)
-        return _scores(config, residual, found, volumes)
+        return of_volumes(config, residual, found, volumes)
 
     return score
 
@@ -98,13 +99,13 @@ def host_scorer(
 
     @jax.jit
     def finish(model: ModelState, volumes: Volumes, key: Key, output: Array) -> Scores:
-        def slice_score(
+        def each(
             model: ModelState, image: Array, mask: Array, keys: Array
         ) -> Array | None:
-            return _slice_score(functions, config, model, image)
+            return slice_scores(functions, config, model, image)
 
-        found = lifting.over_slices(slice_score, chunk)(model, volumes, key)
-        return _scores(config, residual, Slices(output, None, found), volumes)
+        found = lifting.over_slices(each, chunk)(model, volumes, key)
+        return of_volumes(config, residual, Slices(output, None, found), volumes)
 
     def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
         return finish(model, volumes, key, restore(model, volumes, key))
@@ -112,10 +113,17 @@ def host_scorer(
     return score
 
 
-def _scores(
+def of_volumes(
     config: ScoreConfig, residual: residuals.Residual, found: Slices, volumes: Volumes
 ) -> Scores:
-    """Scores of volumes from what was computed slice by slice."""
+    """Scores of volumes from what was computed slice by slice.
+
+    Args:
+      config: Which score.
+      residual: How an image and what became of it are compared.
+      found: What `of_slices` gives, [B, D, ...] in place of [N, ...].
+      volumes: What is scored.
+    """
     anomaly_map = _map(config, residual, found, volumes)
     output = found.output.mean(axis=2)
     scores = lifting.summarise(anomaly_map, output, volumes)
@@ -124,16 +132,24 @@ def _scores(
     return with_slice_score(scores, found.score, volumes)
 
 
-def _slices(
+def of_slices(
     functions: Functions,
     config: ScoreConfig,
-    sample: bool,
     model: ModelState,
-    image: Array,
-    mask: Array,
-    keys: Array,
+    rows: Rows,
+    *,
+    sample: bool,
 ) -> Slices:
-    """All of a score that looks at single slices."""
+    """All of a score that looks at single slices.
+
+    Args:
+      functions: The method.
+      config: Which score.
+      model: Its model.
+      rows: The slices.
+      sample: As in `scorer`.
+    """
+    image, mask, keys, _ = rows
     extra = None
     if config.kind in (Score.MC_MEAN, Score.MC_VARIANCE):
         passes = random_passes(functions, config, model, image, keys)
@@ -153,12 +169,13 @@ def _slices(
             extra = gradient_score.slopes(
                 functions, config.gradient, model, image, keys
             )
-    return Slices(outputs, extra, _slice_score(functions, config, model, image))
+    return Slices(outputs, extra, slice_scores(functions, config, model, image))
 
 
-def _slice_score(
+def slice_scores(
     functions: Functions, config: ScoreConfig, model: ModelState, image: Array
 ) -> Array | None:
+    """Scores of slices [N, H, W, C] themselves, [N], or None: they follow the map."""
     if config.slice_score is SliceScore.MAP:
         return None
     terms = functions.terms(model, image, None, losses.PixelLoss.L1)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from uad_jax.anomaly_score_config import RestorationConfig, Smoothing
-from uad_jax.methods import base, lifting
+from uad_jax.methods import base
 from uad_jax.ops import restoration
-from uad_jax.score_functions import Functions
-from uad_jax.types import Array, Key, ModelState, Volumes
+from uad_jax.score_functions import Bind, Functions, Rows
+from uad_jax.types import Array, Key, ModelState, Tree, Volumes
 
 
 def objective(
@@ -71,12 +71,71 @@ def _steps(config: RestorationConfig) -> tuple[restoration.Steps, Array]:
     return steps, jnp.stack(weights)
 
 
+def walker(
+    bind: Bind, config: RestorationConfig
+) -> Callable[[ModelState, Rows], Array]:
+    """Restores slices by a loop on the host around one compiled step.
+
+    XLA:CPU runs convolution gradients inside its own loops slowly.
+
+    Args:
+      bind: The method's functions for some rows.
+      config: How.
+
+    Returns:
+      (model, rows) -> what `restored` gives, [N, L, H, W, C]; not to be jitted.
+    """
+
+    @jax.jit
+    def advance(model: ModelState, x: Array, rows: Rows, index: Array) -> Array:
+        """One step of [L, N, H, W, C], for all weights."""
+        down = objective(bind(rows), config, model)
+        steps, weights = _steps(config)
+        drawn = rows.keys if config.sampled else None
+
+        def one(x: Array, weight: Array) -> Array:
+            return restoration.step(
+                down, x, rows.image, rows.mask, weight, steps, drawn, index
+            )
+
+        return jax.vmap(one)(x, weights)
+
+    def walk(model: ModelState, rows: Rows) -> Array:
+        x = jnp.stack([rows.image.astype(jnp.float32)] * len(config.tv_weights))
+        for index in range(config.num_steps):
+            x = advance(model, x, rows, jnp.int32(index))
+        return jnp.moveaxis(x, 0, 1)
+
+    return walk
+
+
+def in_parts(function: Callable[[Rows], Tree], rows: Rows, size: int) -> Tree:
+    """Applies a function of rows to `size` of them at a time, on the host.
+
+    Args:
+      function: Rows -> arrays [N, ...].
+      rows: All rows.
+      size: Of a part; 0 = all. The last part begins earlier, so that all have the same
+        shapes and one program serves them.
+
+    Returns:
+      What the function gives for all rows.
+    """
+    count = len(rows.image)
+    size = min(size or count, count)
+    parts = []
+    for start in range(0, count, size):
+        first = min(start, count - size)
+        part = jax.tree.map(lambda x, i=first: x[i : i + size], rows)
+        found = function(part)
+        parts.append(jax.tree.map(lambda x, i=start - first: x[i:], found))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
 def on_host(
     functions: Functions, config: RestorationConfig, chunk: int = 0
 ) -> Callable[[ModelState, Volumes, Key], Array]:
-    """Restores volumes by a loop on the host around one compiled step.
-
-    XLA:CPU runs convolution gradients inside its own loops slowly.
+    """Restores volumes slice by slice as `walker` does.
 
     Args:
       functions: The method.
@@ -87,75 +146,21 @@ def on_host(
       (model, volumes, key) -> what `restored` gives for every slice,
       [B, D, L, H, W, C]; not to be jitted.
     """
-
-    @jax.jit
-    def advance(
-        model: ModelState, x: Array, rows: tuple[Array, Array, Array], index: Array
-    ) -> Array:
-        """One step of [L, N, H, W, C], for all weights."""
-        image, mask, keys = rows
-        down = objective(functions, config, model)
-        steps, weights = _steps(config)
-        drawn = keys if config.sampled else None
-
-        def one(x: Array, weight: Array) -> Array:
-            return restoration.step(down, x, image, mask, weight, steps, drawn, index)
-
-        return jax.vmap(one)(x, weights)
+    walk = walker(lambda rows: functions, config)
 
     def restore(model: ModelState, volumes: Volumes, key: Key) -> Array:
         rows = _flat(volumes, key)
-        count = len(rows[0])
-        size = min(chunk or count, count)
-        parts = []
-        for start in range(0, count, size):
-            # The last part begins earlier, so that one program serves all.
-            first = min(start, count - size)
-            part = jax.tree.map(lambda x, i=first: x[i : i + size], rows)
-            x = jnp.stack([part[0].astype(jnp.float32)] * len(config.tv_weights))
-            for index in range(config.num_steps):
-                x = advance(model, x, part, jnp.int32(index))
-            parts.append(x[:, start - first :])
-        found = jnp.moveaxis(jnp.concatenate(parts, axis=1), 0, 1)
+        found = in_parts(lambda part: walk(model, part), rows, chunk)
         return found.reshape(*volumes.valid.shape, *found.shape[1:])
 
     return restore
 
 
 @jax.jit
-def _flat(volumes: Volumes, key: Key) -> tuple[Array, Array, Array]:
-    """Image, mask and key of every slice of volumes, [B * D, ...]."""
+def _flat(volumes: Volumes, key: Key) -> Rows:
+    """Every slice of volumes, B * D rows."""
     depth = volumes.valid.shape[1]
     index = jnp.tile(jnp.arange(depth), len(volumes.uid))
     keys = base.sample_keys(key, jnp.repeat(volumes.uid, depth), index)
     image, mask = (x.reshape(-1, *x.shape[2:]) for x in (volumes.image, volumes.mask))
-    return image, mask, keys
-
-
-def choose_tv_weight(
-    functions: Functions,
-    config: RestorationConfig,
-    model: ModelState,
-    volumes: Volumes,
-    key: Key,
-) -> tuple[Array, Array]:
-    """Chooses the weight of the total variation on healthy scans, without labels.
-
-    Args:
-      functions: The method.
-      config: How to restore; `tv_weights` are the candidates.
-      model: Its model.
-      volumes: Healthy validation scans.
-      key: Key of the draws.
-
-    Returns:
-      The index of the weight that changes the brain least, [] int32, and the mean
-      absolute change with each weight, [L] float32.
-    """
-
-    def slices(model: ModelState, image: Array, mask: Array, keys: Array) -> Array:
-        return restored(functions, config, model, image, mask, keys)
-
-    found = lifting.over_slices(slices)(model, volumes, key)
-    counted = volumes.mask & volumes.valid[:, :, None, None, None]
-    return restoration.least_change(volumes.image, jnp.moveaxis(found, 2, 0), counted)
+    return Rows(image, mask, keys)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from uad_jax.ops import losses
-from uad_jax.types import Array, ModelState
+from uad_jax.types import Array, ModelState, Tree
 
 
 class Reconstruct(Protocol):
@@ -59,3 +59,24 @@ class Functions(NamedTuple):
     reconstruct: Reconstruct
     terms: Callable[[ModelState, Array, Array | None, losses.PixelLoss], Terms]
     kl_weight: float | Array = 0.0
+
+
+class Rows(NamedTuple):
+    """Slices that are scored at once.
+
+    Attributes:
+      image: [N, H, W, C] float32.
+      mask: What a restoration may change if it is masked, [N, H, W, 1] bool.
+      keys: One per slice, [N].
+      context: What else a method must know of them, arrays [N, ...]; None = nothing.
+    """
+
+    image: Array
+    mask: Array
+    keys: Array
+    context: Tree = None
+
+
+# What scores need of a method whose slices do not stand alone: its functions for these
+# rows.
+Bind = Callable[[Rows], Functions]

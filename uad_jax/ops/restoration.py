@@ -130,23 +130,3 @@ def sweep(
     return jax.vmap(
         lambda weight: restore(objective, image, mask, weight, steps, keys)
     )(weights)
-
-
-def least_change(image: Array, restored: Array, counted: Array) -> tuple[Array, Array]:
-    """Finds the weight with which healthy images are changed least.
-
-    Args:
-      image: Healthy volumes, [B, D, H, W, C].
-      restored: Their restorations, one per weight, [L, B, D, H, W, C].
-      counted: Which voxels count, the brain of the valid slices, [B, D, H, W, 1] bool.
-
-    Returns:
-      The index of the weight, [] int32, and mean |image - restored| of each, [L].
-
-    Source: You et al. 2019, section 2.3: the weight of the total variation is chosen on
-    healthy images.
-    """
-    change = jnp.where(counted[None], jnp.abs(restored - image[None]), 0.0)
-    voxels = jnp.maximum(counted.sum() * image.shape[-1], 1)
-    means = change.sum(axis=(1, 2, 3, 4, 5)) / voxels
-    return jnp.argmin(means), means
