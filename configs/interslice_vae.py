@@ -10,7 +10,8 @@ Command:   python run.py train --config=configs/interslice_vae.py:mixer=gru \
            mixer = none | gru | lstm | convgru | transformer; layers = 1 | 2 | ...;
            words: `paper` for whole volumes (of 50 slices, the recipe "behrendt"),
            `cpu` for two cores, no word for an accelerator. `mixer=none` is the VAE of
-           configs/autoencoder.py on the same slabs: the control.
+           configs/autoencoder.py on the same slabs: the control. Other scores:
+           docs/scores.md.
 Hardware:  one accelerator; `cpu`: two cores
 Time:      not yet measured
 Expected:  not yet measured

@@ -32,6 +32,7 @@ FLOORS = {
     "uad_jax.gradient_score": 3,
     "uad_jax.restoring": 3,
     "uad_jax.score_functions": 2,
+    "uad_jax.slab_scores": 3,
     "uad_jax.autoencoding": 3,
     "uad_jax.denoising": 3,
     "uad_jax.noising": 3,

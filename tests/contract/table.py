@@ -284,7 +284,7 @@ def _adversarial(
     )
 
 
-def _interslice(kind: Mixer, **changes: Any) -> Row:
+def _interslice(kind: Mixer, *, slow: bool = True, **changes: Any) -> Row:
     """A VAE over slabs, one row per path through its code; most by hand only."""
     config = slabs.config(kind, **changes)
     fields = {
@@ -316,12 +316,23 @@ def _interslice(kind: Mixer, **changes: Any) -> Row:
         reconstruction="reconstruction",
         float_fields=fields,
         ragged=config.slabs.target is Target.ALL,
-        slow=kind is not Mixer.GRU or config.slabs.target is not Target.ALL,
+        slow=slow,
     )
+
+
+def _score_of(name: str) -> ScoreConfig:
+    config: Any = TABLE[name].config
+    return config.score
 
 
 TABLE = {variant.value: _autoencoder(variant) for variant in Variant}
 TABLE |= {f"interslice_{kind.value}": _interslice(kind) for kind in Mixer}
+TABLE["interslice_gru"] = _interslice(
+    Mixer.GRU,
+    slow=False,
+    slabs={"overlap": 1},
+    score=ScoreConfig(kind=Score.MC_MEAN, slice_score=SliceScore.ELBO, passes=2),
+)
 TABLE["interslice_centre"] = _interslice(
     Mixer.TRANSFORMER,
     slabs={"target": Target.CENTRE},
@@ -347,6 +358,16 @@ TABLE["vae_gradient"] = _scored_by(
 )
 TABLE["vae_mc"] = _scored_by(
     anomaly_score_config.ScoreConfig(kind=Score.MC_VARIANCE, passes=3)
+)
+# The same two of slabs, and of windows.
+TABLE["interslice_restoration"] = _interslice(
+    Mixer.GRU, slabs={"overlap": 1}, score=_score_of("vae_restoration")
+)
+TABLE["interslice_gradient"] = _interslice(
+    Mixer.CONVGRU, slabs={"overlap": 1}, score=_score_of("vae_gradient")
+)
+TABLE["interslice_centre_restoration"] = _interslice(
+    Mixer.GRU, slabs={"target": Target.CENTRE}, score=_score_of("vae_restoration")
 )
 TABLE["gmvae"] = _gmvae(spatial=False)
 TABLE["gmvae_spatial"] = _gmvae(spatial=True)

@@ -9,20 +9,20 @@ Encoder and decoder are those of `methods.autoencoder`; without a mixer this is 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from uad_jax import interslice_config, optim
+from uad_jax import autoencoding, interslice_config, optim, slab_scores
+from uad_jax.anomaly_score_config import ScoreConfig
 from uad_jax.interslice_config import Target
-from uad_jax.methods import base, lifting
+from uad_jax.methods import base
 from uad_jax.nn import autoencoder, blocks, sequence
 from uad_jax.nn.sequence import Mixer
 from uad_jax.ops import erase as erase_lib
 from uad_jax.ops import losses, residuals
-from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Scores, Tree, Volumes
+from uad_jax.types import Array, Batch, Key, ModelState, Scalars, Tree
 
 
 @dataclasses.dataclass
@@ -44,6 +44,7 @@ class InterSliceConfig:
       reduction: Of the pixel loss over the pixels of a slice.
       kl_weight: Weight of the KL divergence, which is always summed over the latents.
         With SUM 1.0 is the VAE of Baur et al.; MEAN with 1 / (H W C) is the same.
+      score: What makes the anomaly map.
       residual: How image and reconstruction become an anomaly map.
       sample_at_test: Decode a sample instead of the mean.
       precision: Type of encoder and decoder; mixers always compute in float32.
@@ -70,6 +71,7 @@ class InterSliceConfig:
     pixel_loss: losses.PixelLoss = losses.PixelLoss.L1
     reduction: losses.Reduction = losses.Reduction.SUM
     kl_weight: float = 1.0
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
     residual: residuals.Residual = residuals.Residual.ABS
     sample_at_test: bool = False
     precision: base.Precision = base.Precision.FLOAT32
@@ -81,23 +83,17 @@ class InterSliceConfig:
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot work."""
-        if self.latent_size < 1:
-            raise ValueError(f"latent_size is {self.latent_size}; use 1 or more.")
-        for name in ("intermediate_resolution", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
-        if self.width < 8 or self.width % 8:
-            raise ValueError(f"width is {self.width}; use a multiple of 8.")
-        if self.max_width < self.width or self.max_width % 8:
-            raise ValueError(
-                f"max_width is {self.max_width}; use a multiple of 8 that is at least "
-                f"width = {self.width}."
-            )
+        autoencoding.check(
+            self, ("latent_size",), ("intermediate_resolution", "kl_weight")
+        )
         self.slabs.validate()
         self.mixer.validate(self.latent_size, (self.width, self.max_width))
         self.erase.validate()
+        self.score.validate(
+            "the inter-slice VAE",
+            posterior=True,
+            dropout=self.dropout > 0 or self.mixer.slice_dropout > 0,
+        )
         base.check_training(self.accumulate_steps, self.ema_decay)
         self.optimizer.validate()
 
@@ -110,12 +106,14 @@ class InterSliceConfig:
             ema_decay=self.ema_decay,
             accumulate_steps=self.accumulate_steps,
         )
+        asked = (score_functions(self), self.slabs, self.score, self.residual)
         return base.Method(
             inputs=base.Inputs(num_slices=self.slabs.num_slices),
             init=init,
             update=update,
             validate=functools.partial(validation_loss, self),
-            score=scorer(self),
+            score=slab_scores.scorer(*asked, sample=self.sample_at_test),
+            host_score=slab_scores.host_scorer(*asked, sample=self.sample_at_test),
         )
 
 
@@ -128,14 +126,7 @@ def networks(
       ValueError: If the image does not fit the intermediate resolution.
     """
     height, width, channels = image_shape[-3:]
-    levels = blocks.num_levels(height, width, config.intermediate_resolution)
-    shared: dict[str, Any] = {
-        "num_levels": levels,
-        "width": config.width,
-        "max_width": config.max_width,
-        "norm": config.norm,
-        "dtype": jnp.dtype(config.precision.value),
-    }
+    shared = autoencoding.layers(config, image_shape)
     encoder = autoencoder.Encoder(
         latent_size=None if config.mixer.kind is Mixer.CONVGRU else config.latent_size,
         num_heads=2 if config.mixer.kind is Mixer.NONE else 1,
@@ -243,6 +234,7 @@ def autoencode(
     *,
     keys: Array | None = None,
     train: bool = False,
+    sample: bool = True,
 ) -> tuple[Array, tuple[Array, Array]]:
     """Reconstructs slabs.
 
@@ -253,6 +245,7 @@ def autoencode(
       valid: False on padding, [B, S] bool.
       keys: One key per slice, [B, S]: a sample is decoded; None: the mean.
       train: Whether slices are hidden and dropout is on; needs keys.
+      sample: False: the mean even with keys, which dropout needs.
 
     Returns:
       The reconstruction [B, S, H, W, C] float32 and (mu, log_sigma), each
@@ -273,7 +266,7 @@ def autoencode(
         mu = _dropout(mu, config.dropout, streams[0])
         log_sigma = _dropout(log_sigma, config.dropout, streams[1])
     code = mu
-    if keys is not None:
+    if keys is not None and sample:
         normal = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, mu.shape[2:])))
         code = mu + jnp.exp(log_sigma) * normal(streams[2])
     output = decode(config, params, code, image.shape, streams[3] if train else None)
@@ -376,32 +369,30 @@ def reconstruct_slab(
     return autoencode(config, model.params, image, valid, keys=keys)[0]
 
 
-def scorer(config: InterSliceConfig) -> Callable[[ModelState, Volumes, Key], Scores]:
-    """Builds the `score` of the method: residuals of whole reconstructed volumes."""
+def score_functions(config: InterSliceConfig) -> slab_scores.SlabFunctions:
+    """What the shared scores need of the method."""
 
-    def slab(
-        model: ModelState, image: Array, mask: Array, valid: Array, keys: Array
-    ) -> Array:
-        sampled = keys if config.sample_at_test else None
-        return reconstruct_slab(config, model, image, valid, sampled)
-
-    def window(*arguments: Any) -> Array:
-        return slab(*arguments)[:, 0]
-
-    size, chunk = config.slabs.num_slices, config.slabs.score_chunk
-    if config.slabs.target is Target.CENTRE:
-        lifted = lifting.over_windows(window, size, chunk)
-    else:
-        lifted = lifting.over_slabs(slab, size, config.slabs.overlap)
-
-    def score(model: ModelState, volumes: Volumes, key: Key) -> Scores:
-        output = lifted(model, volumes, key)
-        found = residuals.anomaly_map(
-            config.residual, volumes.image, output, volumes.valid
+    def run(
+        model: ModelState,
+        image: Array,
+        valid: Array,
+        keys: Array | None,
+        *,
+        sample: bool,
+        dropout: bool,
+    ) -> tuple[Array, Array]:
+        output, codes = autoencode(
+            config, model.params, image, valid, keys=keys, train=dropout, sample=sample
         )
-        return lifting.summarise(found, output, volumes)
+        mu, log_sigma = (x.reshape(-1, x.shape[-1]) for x in codes)
+        return output, losses.kl_normal(mu, log_sigma).reshape(output.shape[:2])
 
-    return score
+    def weight(pixels: int) -> float | Array:
+        # Of the loss, whose mean over the pixels the scores take as a sum.
+        mean = config.reduction is losses.Reduction.MEAN
+        return config.kl_weight * (pixels if mean else 1)
+
+    return slab_scores.SlabFunctions(run, weight)
 
 
 def _dropout(x: Array, rate: float | Array, keys: Array) -> Array:
