@@ -431,26 +431,36 @@ TABLE["constrained_aae"] = _adversarial(
         "pixel_loss": losses.PixelLoss.L1,
         "reduction": losses.Reduction.SUM,
         "optimizer": optim.OptimizerConfig(
-            learning_rate=2e-3, schedule=optim.Schedule.COSINE
+            learning_rate=1e-3, schedule=optim.Schedule.COSINE
         ),
     },
     float_fields={"constraint_weight": (1.0, 10.0), **_wasserstein},
-    overfit_bound=0.5,
+    # Critic and constraint pull the codes two ways: 0.11 to 0.23 are found, by rounding
+    # alone, and 0.02 or less without the one or the other.
+    overfit_bound=0.35,
 )
 for _variant in (aae.Variant.AAE, aae.Variant.CONSTRAINED_AE):
     TABLE[_variant.value] = TABLE["constrained_aae"]._replace(
-        config=adversaries.aae_config(_variant), slow=True
+        config=adversaries.aae_config(_variant), overfit_bound=0.2, slow=True
     )
 # Nothing pulls a generator towards one image, so a batch is not memorised: its
-# distribution is only met better.
+# distribution is only met better, within 300 steps to 0.47 of the distance.
 TABLE["fanogan_gan"] = _adversarial(
-    adversaries.gan_config(), float_fields=_wasserstein, overfit_bound=0.7
+    adversaries.gan_config(),
+    overfit={
+        "optimizer": optim.OptimizerConfig(
+            learning_rate=2e-3, b1=0.5, b2=0.9, schedule=optim.Schedule.COSINE
+        )
+    },
+    float_fields=_wasserstein,
+    overfit_bound=0.6,
 )
 # The frozen generator of this row is random: it cannot make the images of the batch.
+# The best code leaves 0.67 to 0.69 of the error, whatever the learning rate.
 TABLE["fanogan"] = _adversarial(
     adversaries.fanogan_config(),
     float_fields={"feature_weight": (1.0, 10.0)},
-    overfit_bound=0.9,
+    overfit_bound=0.8,
 )
 
 
