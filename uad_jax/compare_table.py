@@ -260,11 +260,11 @@ def sentence(test: Mapping[str, Any]) -> str:
 
 def tests_lines(tests: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The same as lines of one terminal table."""
-    return [
-        [f"{t['heading'].removesuffix(' at the operating threshold')}: {sentence(t)}"]
-        + _tested(t)
-        for t in tests
-    ]
+    return [[f"{_short(t['heading'])}: {sentence(t)}", *_tested(t)] for t in tests]
+
+
+def _short(heading: str) -> str:
+    return heading.removesuffix(" at the operating threshold")
 
 
 def cases_table(
