@@ -430,6 +430,8 @@ def main(argv: list[str]) -> int | None:
             f"--protocol belongs to {' and '.join(_WITH_PROTOCOL)}. Evaluate with it "
             f"what you compare, then: compare --set=test_{_PROTOCOL.value.value}."
         )
+    if _CHOOSE_TV_WEIGHT.value and argv[1] != "rescore":
+        sys.exit("--choose_tv_weight belongs to rescore, which makes a run with it.")
     runtime.setup()
     try:
         return _compare(argv[2:]) if argv[1] == "compare" else _MODES[argv[1]]()

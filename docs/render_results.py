@@ -102,7 +102,7 @@ def detection_tables(results: list[dict[str, Any]]) -> str:
         own = runs[0]["run"]["name"]  # by name: the keys of the files are sorted
         for baseline in runs[0]["scorers"]:
             if baseline != own:
-                rows.append(_baseline_row(baseline, runs[0], keys, kinds))
+                rows.append(_baseline_row(baseline, runs, keys, kinds))
         caption = (
             f"**{modality.upper()}**, {facts['num_annotated_abnormal']} lesion and "
             f"{facts['num_healthy']} healthy test volumes ({facts['data_kind']}), "
@@ -174,11 +174,16 @@ def _detection_row(
 
 
 def _baseline_row(
-    name: str, run: dict[str, Any], keys: list[str], kinds: list[str]
+    name: str, runs: list[dict[str, Any]], keys: list[str], kinds: list[str]
 ) -> list[str]:
-    score = run["scorers"][name]
-    cells = [name, *(_number(score.get(key)) for key in keys)]
-    cells += [_number(run["groups"][kind][name]["ap_volume_mean"]) for kind in kinds]
+    """The same in every run; older results lack some figures."""
+    scores = [run["scorers"][name] for run in runs if name in run["scorers"]]
+    cells = [name]
+    for key in keys:
+        found = (score[key] for score in scores if key in score)
+        cells.append(_number(next(found, None)))
+    groups = runs[0]["groups"]
+    cells += [_number(groups[kind][name]["ap_volume_mean"]) for kind in kinds]
     return [*cells, "", ""]
 
 
@@ -252,7 +257,7 @@ def pair_table(name: str) -> str:
     caption = (
         f"{'+'.join(facts['modalities']).upper()}, {facts['data_kind']}, split "
         f"{facts['split']}, protocol `{facts['protocol']}`: paired over patients, "
-        "permutation test."
+        "permutation test; Holm's p is over the tests of one figure."
     )
     return caption + "\n\n" + _markdown(head, rows)
 
@@ -336,8 +341,8 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _spread(values: list[float | None], digits: int = 3) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return "-"
+    if not known or len(known) < len(values):
+        return "-"  # a mean over some of the seeds would look like one over all
     if len(known) == 1:
         return _number(known[0], digits)
     mean, sd = np.mean(known), np.std(known, ddof=1)

@@ -5,7 +5,6 @@ import functools
 import json
 import pathlib
 import shutil
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,15 +12,7 @@ import pytest
 
 from configs import smoke
 from tests import runs, stores
-from uad_jax import (
-    baseline_scorers,
-    calibrating,
-    evaluate,
-    evaluation,
-    results,
-    scoring,
-    train,
-)
+from uad_jax import calibrating, evaluate, evaluation, results, scoring, train
 from uad_jax import config as config_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
@@ -151,44 +142,6 @@ def test_sets_of_another_protocol_get_names_of_their_own() -> None:
         "other": EvaluationSet(store="s", protocol=baur),
     }
     assert config.evaluation.sets["own"].protocol is Protocol.BEHRENDT
-
-
-def test_baselines_that_are_recalled_change_no_result(
-    trained: tuple[ExperimentConfig, pathlib.Path],
-    tmp_path: pathlib.Path,
-    mesh1: jax.sharding.Mesh,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config, workdir = trained
-    config = _opened(config, test=EvaluationSet(), val=EvaluationSet(split="val"))
-    scored = []
-    plain = scoring.baseline_scorer
-
-    def counted(name: str, *given: Any) -> scoring.Scorer:
-        scored.append(name)
-        return plain(name, *given)
-
-    monkeypatch.setattr(scoring, "baseline_scorer", counted)
-    memory = baseline_scorers.BaselineMemory()
-    written = []
-    for given in (None, memory, memory):
-        own = tmp_path / str(len(written))
-        shutil.copytree(workdir, own)
-        before = len(scored)
-        evaluate.evaluate(config, own, mesh=mesh1, progress=False, memory=given)
-        found = [json.loads(p.read_text()) for p in sorted(own.glob("results/*.json"))]
-        for one in found:
-            del one["run"]["evaluation_seconds"], one["run"]["timings"]
-        tables = [p.read_bytes() for p in sorted(own.glob("results/*.csv"))]
-        tables += [p.read_bytes() for p in sorted(own.glob("calibration/**/*.json"))]
-        written.append((found, tables, len(scored) - before))
-    assert written[0][:2] == written[1][:2] == written[2][:2]
-    assert len(written[2][1]) >= 4
-    assert written[1][2] > 0  # of both sets
-    assert written[2][2] == 0
-    config.evaluation.healthy_fpr = 0.2  # other thresholds: measured anew
-    evaluate.evaluate(config, own, mesh=mesh1, progress=False, memory=memory)
-    assert len(scored) > written[0][2] + written[1][2]
 
 
 def test_a_run_called_like_a_baseline_is_refused(

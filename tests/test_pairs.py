@@ -167,6 +167,26 @@ def test_reconstruction_is_tested_on_healthy_patients_and_less_is_better(
     assert not ap_tests(found, metric="ssim")  # these runs have none
 
 
+def test_reconstructions_of_few_patients_are_better_or_worse(
+    tmp_path: pathlib.Path,
+) -> None:
+    healthy = [{f"h{n}": 0.1 * (n + k) for n in range(6)} for k in (1, 2)]
+    found = read(
+        tmp_path,
+        one={"ap": named(SIX), "healthy": healthy[0]},
+        two={"ap": named(SIX), "healthy": healthy[1]},
+        bad={"ap": named(SIX), "healthy": {**healthy[1], "h0": math.nan}},
+        restored={"ap": named(SIX), "healthy": healthy[0]},
+    )
+    for chosen, said in ((found[:2], "better than"), (found[1::-1], "worse than")):
+        (test,) = ap_tests(chosen, metric="l1")
+        assert test["verdict"] == said
+    assert not ap_tests([found[0], found[2]], metric="l1")  # one of them has none
+    assert ap_tests([found[0], found[2]])  # nothing else is lost
+    found[3].results["run"]["config"]["method"]["score"] = {"kind": "restoration"}
+    assert not ap_tests([found[0], found[3]], metric="l1")  # it began with the image
+
+
 def test_holm_corrects_over_the_pairs_of_one_figure(tmp_path: pathlib.Path) -> None:
     third = [x - 0.01 * i for i, x in enumerate(SIX)]
     found = read(

@@ -116,3 +116,16 @@ def test_the_table_shows_every_candidate_and_the_chosen_one() -> None:
         ["2", "0.25000"],
         ["0.5", "0.12500", "chosen"],
     ]
+
+
+def test_a_weight_whose_restoration_is_lost_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _experiment()
+    scans = {"train": 1, "val": 1, "test": 1}
+    config.data.store = str(stores.tiny_store(tmp_path, scans))
+    changes = iter([math.nan, 0.2])
+    monkeypatch.setattr(tv_weight, "_mean_change", lambda *_: (1, next(changes)))
+    monkeypatch.setattr(workdir, "refuse_another_recipe", lambda *_: None)
+    with pytest.raises(ValueError, match=r"none with the weights 4: .*Leave them out"):
+        tv_weight.choose(config, _run(tmp_path), (4.0, 1.0), progress=False)

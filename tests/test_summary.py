@@ -93,12 +93,14 @@ def test_contrast_is_of_lesion_against_the_rest_of_each_volume() -> None:
     row = summary.metrics(_four(), RULE)
     contrasts = [3.0 / 1.5, 8.0 / 8.0]
     assert row["lesion_contrast_volume_mean"] == pytest.approx(np.mean(contrasts))
-    flat = result(4, [0.0, 0.0], [1, 0])  # nothing to divide by
-    row = summary.metrics([*_four(), flat], RULE)
+    alone = result(4, [1.0, 0.0], [1, 0])  # nothing to divide by
+    row = summary.metrics([*_four(), alone], RULE)
     assert row["lesion_contrast_volume_mean"] == pytest.approx(np.mean(contrasts))
-    assert summary.subject_row(flat)["lesion_contrast"] == ""
+    assert summary.subject_row(alone)["lesion_contrast"] == ""
     assert summary.subject_row(_four()[0])["lesion_contrast"] == pytest.approx(2.0)
-    assert "lesion_contrast_volume_mean" not in summary.metrics([flat], RULE)
+    assert "lesion_contrast_volume_mean" not in summary.metrics([alone], RULE)
+    constant = result(5, [0.0, 0.0], [1, 0])
+    assert summary.subject_row(constant)["lesion_contrast"] == 1.0
 
 
 def test_pooled_and_mean_figures_differ_and_are_right() -> None:

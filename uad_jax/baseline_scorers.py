@@ -66,7 +66,11 @@ class Baselines(NamedTuple):
 
 
 class BaselineMemory:
-    """The baselines of the last sets, for evaluations of several models in a row."""
+    """The baselines of the last four sets, for evaluations of several models in a row.
+
+    Each set may hold `exact_voxels` scores in memory (`evaluation.exact_voxels`). Sets
+    without validation scans, and so without thresholds, are not kept.
+    """
 
     def __init__(self) -> None:
         self._sets: dict[tuple, Baselines] = {}
@@ -85,6 +89,7 @@ class BaselineMemory:
 def _key(context: Context) -> tuple:
     """All that the baselines' results follow from."""
     train = calibrating.healthy(context.select(context.training_store, "train"))
+    scored = [*context.test, *calibrating.volumes(context)]
     return (
         context.data.modalities,
         context.evaluation_set.split,
@@ -94,4 +99,7 @@ def _key(context: Context) -> tuple:
         context.fingerprint(context.test),
         context.fingerprint(calibrating.volumes(context)),
         context.fingerprint(train),
+        # Figures follow from these too, and fingerprints do not hold them.
+        repr([(info.annotated, sorted(info.extra.items())) for info in scored]),
+        repr([info.geometry for info in scored]),
     )

@@ -241,7 +241,7 @@ def tests_table(tests: Sequence[Mapping[str, Any]], caption: str) -> Table:
         ("Difference", "first minus second, mean over volumes"),
         ("95 % interval", "paired bootstrap: patients are drawn, with their volumes"),
         ("p", "permutation test, two-sided: signs are flipped per patient"),
-        ("p (Holm)", "corrected for the number of tests in this table"),
+        ("p (Holm)", "corrected for the number of tests of this figure"),
         ("Patients", "with such a volume: with an annotated lesion, or healthy"),
     ]
     lines = [
@@ -253,7 +253,14 @@ def tests_table(tests: Sequence[Mapping[str, Any]], caption: str) -> Table:
 def sentence(test: Mapping[str, Any]) -> str:
     """Who beats whom."""
     first, verdict, second = test["first"], test["verdict"], test["second"]
-    if verdict in ("above", "below", "beats", "is beaten by"):
+    if verdict in (
+        "above",
+        "below",
+        "beats",
+        "is beaten by",
+        "better than",
+        "worse than",
+    ):
         return f"{first} {verdict} {second}"
     return f"{first} and {second}: {verdict}"
 

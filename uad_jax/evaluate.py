@@ -241,20 +241,21 @@ def evaluate_set(
     cases = _cases(context, scorer, chosen, scales, calibrations)
     drawn = drawing.draw(context, found, cases, results["operating"]["threshold"])
     watch["draw"] = time.monotonic()
-    results["run"] |= _timings(watch)
+    results["run"] |= _timings(watch, whole=not recalled)
     calibrated = calibrations.get((scorer.name, Stage.PROCESSED))
     results_lib.write(context, results, found, calibrated, drawn)
     return results
 
 
-def _timings(watch: Mapping[str, float]) -> dict[str, Any]:
+def _timings(watch: Mapping[str, float], *, whole: bool) -> dict[str, Any]:
+    """Seconds of each part, and in all: None if the baselines were not measured."""
     names, times = list(watch), list(watch.values())
     seconds = {
         name: round(after - before, 2)
         for name, before, after in zip(names[1:], times, times[1:], strict=False)
     }
-    whole = round(times[-1] - times[0], 1)
-    return {"timings": seconds, "evaluation_seconds": whole}
+    total = round(times[-1] - times[0], 1) if whole else None
+    return {"timings": seconds, "evaluation_seconds": total}
 
 
 def _checked(context: Context) -> list[VolumeInfo]:

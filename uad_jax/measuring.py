@@ -128,8 +128,15 @@ class VolumeResult:
 
     @property
     def lesion_contrast(self) -> float:
-        """Mean score in the lesion over that elsewhere; NaN where either is not."""
-        if not self.has_lesion or not self.mean_elsewhere > 0:
+        """Mean score in the lesion over that elsewhere in the eroded brain.
+
+        1 where both are 0; NaN without lesion there, or where only the lesion scores.
+        """
+        if not self.has_lesion:
+            return float("nan")
+        if self.mean_inside == self.mean_elsewhere:
+            return 1.0
+        if not self.mean_elsewhere > 0:
             return float("nan")
         return self.mean_inside / self.mean_elsewhere
 

@@ -34,7 +34,8 @@ class Metric(NamedTuple):
     Attributes:
       heading: Its name.
       column: Of the per-subject table; "{rule}" stands for the operating rule.
-      healthy: Whether it is of healthy volumes, not of those with a lesion.
+      healthy: Whether it is an error of the reconstruction of healthy volumes, not a
+        figure of those with a lesion.
       lower_is_better: Whether less is better.
     """
 
@@ -47,7 +48,6 @@ class Metric(NamedTuple):
 METRICS = {
     "ap": Metric("AP", "ap"),
     "dice": Metric("Dice at the operating threshold", "dice_{rule}"),
-    "contrast": Metric("Lesion contrast", "lesion_contrast"),
     "l1": Metric("Healthy L1", "l1_brain", healthy=True, lower_is_better=True),
     "ssim": Metric("Healthy SSIM", "ssim", healthy=True),
 }
@@ -126,6 +126,8 @@ def volume_values(members: Sequence[Entry], metric: str, scorer: str = "") -> Va
         for subject, number in values.items():
             totals.setdefault(subject, []).append(number)
     torn = [name for name, found in totals.items() if len(found) != len(members)]
+    if torn and chosen.healthy:
+        return Values({}, {})  # a reconstruction that is not finite has no error
     if torn:
         raise CompareError(
             f"{', '.join(sorted(torn)[:5])}: only some of "
@@ -273,6 +275,8 @@ def _test(
     }
     if row["num_patients"] < verdict.MIN_PATIENTS_TO_RANK:
         return row
+    if METRICS[metric].healthy and not _same_images(first, second, one[1], other[1]):
+        return {**row, "num_patients": 0}
     pair = (first.volumes, second.volumes, first.patients)
     interval = statistics.paired_bootstrap(*pair, num_samples=num_samples)
     row["first_mean"] = statistics.summarize(list(first.volumes.values())).mean
@@ -283,16 +287,36 @@ def _test(
     return row
 
 
+def _same_images(
+    first: Values, second: Values, one: Sequence[Entry], other: Sequence[Entry]
+) -> bool:
+    """Whether reconstructions can be compared: same scans, made by the same score.
+
+    A restoration begins with the image itself, and is near to it for that reason.
+    """
+    kinds = {
+        (entry.results["run"]["config"] or {})
+        .get("method", {})
+        .get("score", {})
+        .get("kind", "residual")
+        for entry in (*one, *other)
+    }
+    return set(first.volumes) == set(second.volumes) and len(kinds) == 1
+
+
 def _verdict(test: Mapping[str, Any]) -> str:
     if test["difference"] is None:
         return "single cases, no ranking"
     difference, (low, high) = test["difference"], test["interval"]
     if difference == 0:
         return "equal"
+    chosen = METRICS[test["metric"]]
+    better = (difference > 0) != chosen.lower_is_better
     if test["num_patients"] < verdict.MIN_PATIENTS_TO_BEAT:
-        return "above" if difference > 0 else "below"
+        if chosen.healthy:
+            return "better than" if better else "worse than"
+        return "above" if better else "below"
     if (low > 0 or high < 0) and test["p_holm"] < ALPHA:
-        better = (difference > 0) != METRICS[test["metric"]].lower_is_better
         return "beats" if better else "is beaten by"
     return "no difference shown"
 

@@ -86,7 +86,7 @@ def bind(functions: SlabFunctions, slabs: SlabConfig, rows: Rows) -> Functions:
 
     Returns:
       Functions of N such slices in the place of `rows.image`. The terms of padding are
-      0, and its reconstruction in them is itself.
+      0, and their output there is the padding itself.
     """
     size, middle = slabs.num_slices, slabs.num_slices // 2
     centre = slabs.target is Target.CENTRE

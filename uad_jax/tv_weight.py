@@ -99,6 +99,14 @@ def choose(
             changed = with_weight(config, weight)
             step, change = _mean_change(changed, workdir, store, infos, bar)
             changes.append(change)
+    lost = [w for w, x in zip(weights, changes, strict=True) if not math.isfinite(x)]
+    if lost:
+        names = ", ".join(f"{weight:g}" for weight in lost)
+        raise ValueError(
+            f"Expected finite restorations, found none with the weights {names}: the "
+            "steps are too long for them. Leave them out of --choose_tv_weight, or "
+            "lower score.restoration.step_size, or set its clip."
+        )
     best = weights[min(range(len(weights)), key=changes.__getitem__)]
     if best in (max(weights), min(weights)) and best > 0:
         way = "larger" if best == max(weights) else "smaller"

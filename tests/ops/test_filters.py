@@ -89,6 +89,15 @@ def test_gaussian_ends_where_the_volume_ends_whatever_lies_behind() -> None:
     np.testing.assert_allclose(found[:4], expected, atol=2e-6)
 
 
+def test_ssim_maps_do_not_know_what_lies_behind_the_end() -> None:
+    x, y = _random((7, 13, 11)), _random((7, 13, 11), seed=1)
+    ssim = functools.partial(_ssim, data_range=4.0, num_axes=3, return_map=True)
+    expected = ssim(jnp.asarray(x[:4]), jnp.asarray(y[:4]))
+    x[4:], y[4:] = np.nan, 1e3
+    found = ssim(jnp.asarray(x), jnp.asarray(y), num_valid=jnp.int32(4))
+    np.testing.assert_allclose(found[:4], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 def test_ssim_equals_scikit_image_on_slices(offset: float) -> None:
     x = np.clip(_random((3, 24, 20)) * 0.2 + 0.4, 0, 1) + np.float32(offset)

@@ -219,7 +219,7 @@ def gaussian(
     """Blurs the last axes by a Gaussian.
 
     Args:
-      image: [..., spatial axes] float32.
+      image: [..., spatial axes] float32, finite.
       sigma: Standard deviation in voxels, > 0.
       num_axes: How many of the last axes to blur.
       truncate: Radius of the kernel in standard deviations.
@@ -327,7 +327,15 @@ def ssim(
 
     # Variances do not change when both images are shifted, and float32 cancels less
     # near zero mean; the luminance term below uses the true means.
+    if num_valid is not None:  # what lies behind the end must not count
+        places = jnp.arange(spatial[0]) < jnp.maximum(num_valid, 1)
+        before = range(x.ndim - num_axes)
+        behind = range(x.ndim - num_axes + 1, x.ndim)
+        inside = jnp.expand_dims(places, (*before, *behind))
+        x, y = jnp.where(inside, x, 0), jnp.where(inside, y, 0)
     centre = jnp.mean(0.5 * (x + y), axis=_last(x, num_axes), keepdims=True)
+    if num_valid is not None:
+        centre = centre * spatial[0] / jnp.maximum(num_valid, 1)
     dx, dy = x - centre, y - centre
     mean_x, mean_y = blur(dx), blur(dy)
     var_x = blur(dx * dx) - mean_x * mean_x
