@@ -94,6 +94,7 @@ def _metrics(draw: _Numbers) -> Json:
         "dice_ceiling_pooled",
         "dice_ceiling_threshold",
         "dice_ceiling_volume_mean",
+        "lesion_contrast_volume_mean",
         "slice_auroc",
         "volume_auroc",
     ):

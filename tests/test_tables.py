@@ -161,7 +161,7 @@ def test_numbers_that_do_not_exist_are_dashes() -> None:
     assert tables.number(0.0) == "0.000"
     assert tables.significant(None) == "-"
     assert tables.significant(0.3) == "0.3000"
-    assert tables.table_rows({"m": {"volume_auroc": math.nan}})[0][1:] == ["-"] * 8
+    assert tables.table_rows({"m": {"volume_auroc": math.nan}})[0][1:] == ["-"] * 9
 
 
 def test_the_best_baseline_has_the_highest_ap_unless_it_is_named() -> None:
