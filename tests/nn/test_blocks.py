@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,43 @@ def test_conv_transpose_module_shares_parameters_with_flax() -> None:
     theirs = nn.ConvTranspose(5, (5, 5), (2, 2))
     variables = theirs.init(jax.random.key(1), x)
     out = blocks.ConvTranspose(5).apply(variables, x)
+    np.testing.assert_allclose(out, theirs.apply(variables, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6, 3), (1, 4, 10, 1), (2, 2, 4, 2)])
+def test_conv_stride2_equals_lax_in_value_and_both_derivatives(
+    shape: tuple[int, ...],
+) -> None:
+    def reference(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=numbers
+        )
+
+    x = jax.random.normal(jax.random.key(0), shape)
+    kernel = jax.random.normal(jax.random.key(1), (5, 5, shape[-1], 4))
+
+    def results(conv: Callable) -> tuple:
+        def slope(kernel: jax.Array) -> jax.Array:
+            return jax.grad(lambda x: jnp.sum(jnp.sin(conv(x, kernel))))(x)
+
+        def penalty(kernel: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(slope(kernel)))
+
+        return conv(x, kernel), slope(kernel), jax.grad(penalty)(kernel)
+
+    for ours, theirs in zip(
+        results(blocks.conv_stride2), results(reference), strict=True
+    ):
+        scale = jnp.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=2e-6)
+
+
+def test_strided_conv_shares_parameters_with_flax() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 3))
+    theirs = nn.Conv(5, (5, 5), (2, 2))
+    variables = theirs.init(jax.random.key(1), x)
+    out = blocks.StridedConv(5).apply(variables, x)
     np.testing.assert_allclose(out, theirs.apply(variables, x), rtol=1e-4, atol=1e-5)
 
 

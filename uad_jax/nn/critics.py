@@ -16,9 +16,10 @@ from uad_jax.nn import blocks
 
 _LEAKY_SLOPE = 0.2  # of the critics of codes; images have 0.3 like the autoencoders
 # True float32: by default recent GPUs multiply float32 in TF32.
+_PRECISION = jax.lax.Precision.HIGHEST
 _EXACT: dict[str, Any] = {
     "kernel_init": blocks.glorot_uniform(),
-    "precision": jax.lax.Precision.HIGHEST,
+    "precision": _PRECISION,
 }
 
 
@@ -54,7 +55,10 @@ class ConvCritic(nn.Module):
         x = image.astype(jnp.float32)
         for level in range(self.num_levels):
             features = min(self.max_width, self.width << level)
-            x = nn.Conv(features, (5, 5), (2, 2), **_EXACT)(x)
+            conv = blocks.StridedConv(
+                features, precision=_PRECISION, name=f"Conv_{level}"
+            )
+            x = conv(x)
             x = blocks.leaky_relu(blocks.normalise(x, self.norm, jnp.float32))
         value = nn.Dense(1, **_EXACT)
         sites = x if self.patch else x.mean(axis=(1, 2))
