@@ -1,4 +1,4 @@
-"""Test set-up: CPU, 8 virtual devices, strict ranks, a compilation cache."""
+"""Test set-up: CPU, 8 virtual devices, strict ranks, programs compiled in haste."""
 
 import gc
 import itertools
@@ -7,6 +7,11 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Nearly all programs run once or twice, on tiny shapes: without LLVM's optimisation the
+# tests take half the time. The processes that tests start inherit it.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+).strip()
 
 from uad_jax import runtime
 
@@ -32,6 +37,19 @@ def mesh1() -> jax.sharding.Mesh:
 def mesh8() -> jax.sharding.Mesh:
     """Mesh of all 8 virtual devices."""
     return mesh_lib.make_mesh()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests that share compiled programs in one process (`-n 2`).
+
+    These are the tests of a file, of the contract those of a method.
+    """
+    for item in items:
+        group = item.nodeid.partition("::")[0]
+        parameters = getattr(item, "callspec", None)
+        if "contract" in group and parameters is not None:
+            group += f"-{parameters.params.get('name')}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 # Linux gives a process 65,530 memory maps, every compiled program takes some, and the

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ from uad_jax import noising
 from uad_jax.methods import base
 from uad_jax.ops import augment, diffusion
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 RUN = base.RunShape(total_steps=10, steps_per_epoch=5, global_batch=4)
 KEY = jax.random.key(3)
 CONFIGS = {
@@ -41,13 +39,15 @@ def test_training_is_augmented_and_validation_is_not(
     darker = dataclasses.replace(batch, image=0.5 * batch.image)
     changes: dict[str, Any] = {"augment": augment.none()}
     method = dataclasses.replace(CONFIGS[name](), **changes).make(RUN)
-    state = jit(method.init)(KEY, batch)
-    expected = jit(method.update)(state, darker, KEY)
-    checked = jit(method.validate)(state.model, batch, KEY)
+    state = jax.jit(method.init)(KEY, batch)
+    expected = jax.jit(method.update)(state, darker, KEY)
+    checked = jax.jit(method.validate)(state.model, batch, KEY)
     monkeypatch.setattr(augment, "augment", lambda config, keys, image: 0.5 * image)
     method = dataclasses.replace(CONFIGS[name](), **changes).make(RUN)
     jax.tree.map(
-        np.testing.assert_array_equal, jit(method.update)(state, batch, KEY), expected
+        np.testing.assert_array_equal,
+        jax.jit(method.update)(state, batch, KEY),
+        expected,
     )
-    found = jit(method.validate)(state.model, batch, KEY)
+    found = jax.jit(method.validate)(state.model, batch, KEY)
     assert float(found["loss"]) == float(checked["loss"])

@@ -1,4 +1,3 @@
-import functools
 import pathlib
 from typing import Any
 
@@ -12,8 +11,6 @@ from uad_jax import leaves, torch_names, weights
 from uad_jax.nn import resnet, unet
 from uad_jax.types import Tree
 
-# Programs that run once: compiling them without optimisation is four times faster.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 UNET: dict[str, Any] = {
     "width": 64,
     "multipliers": (1, 2),
@@ -49,7 +46,7 @@ def _held(arrays: dict[str, np.ndarray]) -> weights.Weights:
 
 
 def unet_corners(network: unet.UNet, variables: Tree) -> np.ndarray:
-    out = jit(network.apply)(variables, IMAGE, STEPS, CONDITION)[0, :, :, 0]
+    out = jax.jit(network.apply)(variables, IMAGE, STEPS, CONDITION)[0, :, :, 0]
     return np.array([out[0, 0], out[0, -1], out[-1, 0], out.mean()])
 
 
@@ -76,7 +73,7 @@ def test_an_encoder_with_foreign_weights_gives_the_stored_vector() -> None:
     )
     state["encoder.encoder.bn1.num_batches_tracked"] = np.array(5)
     variables = torch_names.load_resnet(_held(state), like)
-    vector = jit(encoder.apply)(variables, encoder_input())[0]
+    vector = jax.jit(encoder.apply)(variables, encoder_input())[0]
     np.testing.assert_allclose(vector, ENCODER_OUTPUT, rtol=1e-4, atol=1e-4)
 
 

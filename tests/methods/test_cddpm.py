@@ -12,8 +12,6 @@ from uad_jax import denoising, noising, types
 from uad_jax.methods import base, cddpm
 from uad_jax.ops import augment, diffusion, losses
 
-# Programs that run once: compiling them without optimisation is four times faster.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 RUN = base.RunShape(total_steps=10, steps_per_epoch=5, global_batch=4)
 KEY = jax.random.key(3)
 
@@ -45,7 +43,7 @@ def _loss(
     function: Any, config: cddpm.CddpmConfig, batch: types.Batch
 ) -> tuple[float, types.Tree]:
     model = _model()
-    run = jit(functools.partial(function, config))
+    run = jax.jit(functools.partial(function, config))
     value, (collections, scalars) = run(model.params, model.collections, batch, KEY)
     assert scalars == {}
     return float(value), collections
@@ -56,7 +54,7 @@ def test_validation_loss_by_hand() -> None:
     value, collections = _loss(cddpm.validation_loss, config, batch)
     jax.tree.map(np.testing.assert_array_equal, collections, model.collections)
 
-    @jit
+    @jax.jit
     def prediction(xt: jax.Array, t: jax.Array, image: jax.Array) -> jax.Array:
         variables = {"params": model.params["encoder"], **model.collections["encoder"]}
         condition = cddpm._encoder(config).apply(variables, image)
@@ -79,7 +77,7 @@ def test_training_moves_the_statistics_to_those_of_the_batch() -> None:
     assert min(jax.tree.leaves(changes)) > 0
     # new = 0.9 old + 0.1 batch: with the batch's own, evaluation equals training.
     own = jax.tree.map(lambda a, b: (b - 0.9 * a) / 0.1, old, new)
-    run = jit(functools.partial(cddpm.validation_loss, _config()))
+    run = jax.jit(functools.partial(cddpm.validation_loss, _config()))
     checked, _ = run(_model().params, own, batch, KEY)
     assert float(checked) == pytest.approx(value, rel=1e-3)
 
@@ -95,8 +93,8 @@ def test_blocks_are_skipped_in_training_alone() -> None:
 
 def test_both_networks_learn() -> None:
     method, batch = _config().make(RUN), denoisers.batch()
-    state = jit(method.init)(KEY, batch)
-    update = jit(method.update)
+    state = jax.jit(method.init)(KEY, batch)
+    update = jax.jit(method.update)
     first = state
     for step in range(6):  # layers that start at zero stop gradients at first
         state, _ = update(state, batch, jax.random.fold_in(KEY, step))

@@ -14,7 +14,6 @@ from uad_jax import config as config_lib
 from uad_jax import train, types, warm_start
 from uad_jax.methods import base, spark
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 RUN = base.RunShape(total_steps=10, steps_per_epoch=5, global_batch=4)
 KEY = jax.random.key(3)
 CONFIG = denoisers.spark_config()
@@ -61,13 +60,13 @@ def test_every_slice_shows_as_many_cells_and_each_cell_as_often(
 
 def test_loss_is_the_squared_error_of_the_hidden_cells() -> None:
     batch, model = _batch(), _model()
-    run = jit(functools.partial(spark.loss, CONFIG, train=False))
+    run = jax.jit(functools.partial(spark.loss, CONFIG, train=False))
     value, collections = run(model, batch, KEY)
     jax.tree.map(np.testing.assert_array_equal, collections, model.collections)
 
     active = _active(batch)
 
-    @jit
+    @jax.jit
     def output(image: jax.Array) -> jax.Array:
         variables = {"params": model.params["spark"], **model.collections["spark"]}
         return jnp.asarray(
@@ -91,18 +90,18 @@ def test_hidden_cells_are_target_only_and_seen_cells_input_only() -> None:
     variables = {"params": model.params["spark"], **model.collections["spark"]}
     network = spark._network(CONFIG, batch.image.shape)
 
-    @jit
+    @jax.jit
     def errors(image: jax.Array) -> jax.Array:
         """Squared error of each pixel."""
         return jnp.square(jnp.asarray(network.apply(variables, image, active)) - image)
 
-    run = jit(functools.partial(spark.loss, CONFIG, train=False))
+    run = jax.jit(functools.partial(spark.loss, CONFIG, train=False))
     for image in (batch.image, jnp.where(hidden, 0.5, batch.image)):
         value = run(model, dataclasses.replace(batch, image=image), KEY)[0]
         expected = jnp.where(hidden, errors(image), 0).sum() / hidden.sum()
         np.testing.assert_allclose(value, expected, rtol=1e-5)
     # What is hidden does not reach the output.
-    output = jit(lambda image: jnp.asarray(network.apply(variables, image, active)))
+    output = jax.jit(lambda image: jnp.asarray(network.apply(variables, image, active)))
     np.testing.assert_array_equal(
         output(batch.image), output(jnp.where(hidden, 0.5, batch.image))
     )
@@ -113,9 +112,9 @@ def test_blocks_are_skipped_in_training_alone() -> None:
     still = dataclasses.replace(CONFIG, drop_path=0.0)
     values = {
         (config.drop_path, train): float(
-            jit(functools.partial(spark.loss, config, train=train))(model, batch, KEY)[
-                0
-            ]
+            jax.jit(functools.partial(spark.loss, config, train=train))(
+                model, batch, KEY
+            )[0]
         )
         for config in (CONFIG, still)
         for train in (True, False)
@@ -126,7 +125,7 @@ def test_blocks_are_skipped_in_training_alone() -> None:
 
 def test_training_moves_the_statistics() -> None:
     model = _model()
-    run = jit(functools.partial(spark.loss, CONFIG, train=True))
+    run = jax.jit(functools.partial(spark.loss, CONFIG, train=True))
     _, collections = run(model, _batch(), KEY)
     moved = jax.tree.map(
         lambda a, b: bool((a != b).any()), collections, model.collections
@@ -206,7 +205,7 @@ def test_a_backbone_is_taken_with_its_statistics(
     pretrained: tuple[pathlib.Path, types.ModelState], mesh1: Mesh
 ) -> None:
     directory, source = pretrained
-    state = jit(denoisers.cddpm_config().make(RUN).init)(KEY, _batch())
+    state = jax.jit(denoisers.cddpm_config().make(RUN).init)(KEY, _batch())
     entry = (directory, 2, "spark/backbone", "encoder/backbone")
     state, fresh = warm_start.warm_start(state, [entry], mesh1)
     assert all("/denoiser/" in path or "/fc/" in path for path in fresh)

@@ -9,8 +9,6 @@ import pytest
 from uad_jax.nn import resnet
 from uad_jax.types import Tree
 
-# Programs that run once: compiling them without optimisation is four times faster.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL: dict[str, Any] = {"stage_sizes": (1, 2), "width": 4, "bottleneck_width": 4}
 
 
@@ -43,14 +41,14 @@ def _images(batch: int = 2, height: int = 64, width: int = 64) -> jax.Array:
     return jax.random.uniform(jax.random.key(0), (batch, height, width, 1))
 
 
-@functools.partial(jit, static_argnums=0, static_argnames="train")
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def _features(
     network: resnet.ResNet, variables: Tree, image: jax.Array, **kwargs: Any
 ) -> tuple[jax.Array, ...]:
     return network.apply(variables, image, **kwargs)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _train(
     network: resnet.ResNet, variables: Tree, image: jax.Array, **kwargs: Any
 ) -> tuple[tuple[jax.Array, ...], Tree]:
@@ -94,7 +92,7 @@ def test_the_condition_is_the_mapped_mean_of_the_last_stage() -> None:
 def test_a_fresh_block_passes_its_input() -> None:
     block = resnet.Bottleneck(inner=2, features=8)
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-    out, _ = jit(block.init_with_output)(jax.random.key(1), x)
+    out, _ = jax.jit(block.init_with_output)(jax.random.key(1), x)
     np.testing.assert_allclose(out, jnp.maximum(x, 0), rtol=1e-6)
 
 

@@ -9,8 +9,6 @@ import pytest
 from uad_jax.nn import resnet, spark
 from uad_jax.types import Tree
 
-# Programs that run once: compiling them without optimisation is four times faster.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL: dict[str, Any] = {"stage_sizes": (1, 1, 1, 1), "width": 2, "decoder_width": 32}
 ACTIVE = jnp.array([[[True, False]], [[False, True]]])
 
@@ -36,7 +34,7 @@ def _filled(**fields: Any) -> tuple[spark.SparK, Tree]:
     return network, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _train(
     network: spark.SparK, variables: Tree, image: jax.Array, **kwargs: Any
 ) -> tuple[jax.Array, Tree]:
@@ -89,7 +87,7 @@ def test_what_is_hidden_has_no_influence() -> None:
 def test_every_parameter_and_each_token_is_used() -> None:
     network, variables = _filled()
 
-    @jit
+    @jax.jit
     def gradient(params: Tree) -> Tree:
         def loss(params: Tree) -> jax.Array:
             # Statistics in use: batch statistics would hide biases before them.
@@ -148,7 +146,7 @@ def test_conv_transpose_equals_the_dilated_convolution(shape: tuple[int, ...]) -
         lhs_dilation=(2, 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    out = jit(spark.conv_transpose)(x, kernel)
+    out = jax.jit(spark.conv_transpose)(x, kernel)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -18,8 +18,6 @@ SMALL: dict[str, Any] = {
 }
 TINY = {**SMALL, "multipliers": (2,), "num_blocks": 0}
 STEPS = jnp.array([3, 700])
-# Programs that run once: compiling them without optimisation is four times faster.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONDITION = jnp.array([[0.1, -1.0, 2.0], [0.5, 0.0, 1.0]])
 
 
@@ -59,7 +57,7 @@ def _filled(**fields: Any) -> tuple[unet.UNet, Tree]:
     return network, jax.tree.unflatten(structure, drawn)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _apply(network: unet.UNet, variables: Tree, *inputs: jax.Array) -> jax.Array:
     return network.apply(variables, *inputs)
 
@@ -114,7 +112,9 @@ def test_parameters_of_anoddpm() -> None:
 
 def test_a_fresh_network_returns_zero() -> None:
     network = unet.UNet(**TINY)
-    out, variables = jit(network.init_with_output)(jax.random.key(0), _images(), STEPS)
+    out, variables = jax.jit(network.init_with_output)(
+        jax.random.key(0), _images(), STEPS
+    )
     np.testing.assert_array_equal(out, np.zeros((2, 8, 12, 1)))
     params = variables["params"]
     assert not np.any(params["middle_0"]["conv_1"]["kernel"])
@@ -184,7 +184,7 @@ def test_computing_blocks_again_changes_no_number() -> None:
     assert count(kept) == 0
     assert count(again) == 4  # three residual blocks and the attention
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def gradient(network: unet.UNet, variables: Tree) -> tuple:
         def loss(variables: Tree) -> jax.Array:
             return jnp.square(network.apply(variables, _images(), STEPS)).mean()
@@ -211,7 +211,7 @@ def test_levels_attend_where_asked() -> None:
 def test_attention_equals_the_formula_head_by_head() -> None:
     module = unet.Attention(head_size=2)
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
-    params = jit(module.init)(jax.random.key(1), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
     params["out"] = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
     h = np.asarray(x).reshape(6, 4)
     normed = (h - h.mean()) / np.sqrt(h.var() + 1e-5)  # one group of four channels
@@ -222,7 +222,7 @@ def test_attention_equals_the_formula_head_by_head() -> None:
         weights = np.exp(q @ k.T / np.sqrt(2))
         expected.append(weights / weights.sum(1, keepdims=True) @ v)
     expected = h + np.concatenate(expected, axis=1)
-    out = jit(module.apply)({"params": params}, x).reshape(6, 4)
+    out = jax.jit(module.apply)({"params": params}, x).reshape(6, 4)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -239,7 +239,7 @@ def test_fresh_blocks_halve_by_means_and_double_by_copies() -> None:
         (unet.Resample.DOUBLE, np.repeat(np.repeat(x[0, :, :, 0], 2, 0), 2, 1)),
     ):
         block = unet.ResidualBlock(1, resample)
-        init = jit(block.init_with_output)
+        init = jax.jit(block.init_with_output)
         out, _ = init(jax.random.key(0), x, jnp.ones((1, 3)))
         np.testing.assert_array_equal(out[0, :, :, 0], expected)
 
