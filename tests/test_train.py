@@ -16,6 +16,7 @@ from uad_jax import (
     checkpoint,
     cost,
     divergence,
+    lineage,
     loop,
     members,
     saved_run,
@@ -270,6 +271,21 @@ def test_warm_start_begins_with_the_other_runs_parameters(
     np.testing.assert_allclose(
         ours.params["net"]["gain"], theirs.params["net"]["gain"], rtol=1e-6
     )
+    seen = lineage.seen(tmp_path / "run")
+    assert lineage.origins(tmp_path / "run") == seen == lineage.seen(finished)
+
+
+def test_a_warm_start_from_another_fold_is_refused(
+    tmp_path: pathlib.Path, mesh1: Mesh
+) -> None:
+    """Its own validation scans have trained the run it starts from."""
+    folds = stores.folded_store(tmp_path / "folds")
+    config = runs.scale_config(folds, total_steps=1)
+    train.train(config, tmp_path / "first", mesh=mesh1)
+    config = runs.scale_config(folds, **{"total_steps": 1, "data.fold": 1})
+    config.train.warm_start = [WarmStart(workdir=str(tmp_path / "first"))]
+    with pytest.raises(ValueError, match="trained the run that this one starts from"):
+        train.train(config, tmp_path / "run", mesh=mesh1)
 
 
 def test_patience_ends_a_run_for_good(

@@ -16,6 +16,7 @@ from uad_jax import (
     drawing,
     evaluation,
     export,
+    lineage,
     saved_run,
     scoring,
     segmentations,
@@ -275,7 +276,7 @@ def _check_unseen(context: Context, test: Sequence[VolumeInfo]) -> None:
     known = {"trained on": {info.content for info in context.select(store, "train")}}
     note = context.workdir / workdir_lib.FINGERPRINT
     if context.config is not None and note.is_file():
-        known["trained on"] |= set(workdir_lib.read_json(note)["subjects"].values())
+        known["trained on"] |= lineage.seen(context.workdir).contents
     if context.evaluation_set.store:
         known["validated on"] = {info.content for info in context.select(store, "val")}
     for what, contents in known.items():

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 
 from uad_jax import config as config_lib
-from uad_jax import evaluation, saved_run, scoring
+from uad_jax import evaluation, lineage, saved_run, scoring
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig, ThresholdRule
 from uad_jax.data import preprocess, profile, recipes
@@ -115,8 +115,8 @@ def restore(
     calibrated = _calibrated(config, workdir, step, name, chosen, identity)
     profiles = known["profiles"].items()
     imported = workdir_lib.imported(workdir, step)
-    if imported:  # the store of the run is not what these weights have seen
-        data = {**data, "licences": (), "subjects": {}}
+    # The store of the run is not what imported weights have seen.
+    seen = lineage.Seen(frozenset(), frozenset()) if imported else lineage.seen(workdir)
     return Predictor(
         config=config,
         step=step,
@@ -124,8 +124,8 @@ def restore(
         recipe=recipe,
         modalities=tuple(known["modalities"]),
         profiles={key: profile.Profile.from_json(one) for key, one in profiles},
-        licences=tuple(licence for licence in data["licences"] if licence),
-        seen=frozenset(data["subjects"].values()),
+        licences=tuple(sorted(seen.licences)),
+        seen=seen.contents,
         imported=imported,
         commit=workdir_lib.read_json(workdir / workdir_lib.ENVIRONMENT)["commit"],
         calibrated=calibrated,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from uad_jax import checkpoint as checkpoint_lib
 from uad_jax import config as config_lib
 from uad_jax import cost as cost_lib
-from uad_jax import distributed, loop, programs, signals
+from uad_jax import distributed, lineage, loop, programs, signals
 from uad_jax import mesh as mesh_lib
 from uad_jax import progress as progress_lib
 from uad_jax import warm_start as warm_start_lib
@@ -154,6 +154,7 @@ def describe(
 
     Raises:
       workdir.WorkdirError: If the data have changed.
+      ValueError: If a validation scan trained a run that this one starts from.
     """
     store = sources.Store.open(config.data.store)
     shape = RunShape(config.total_steps, 1, config.batch_size)
@@ -172,8 +173,14 @@ def describe(
     if distributed.is_main():
         shapes = {"run": shape._asdict(), "batch": spec_to_json(stream.spec())}
         workdir_lib.write_json(workdir / SHAPES, shapes)
+        if not workdir_lib.has_begun(workdir):
+            started_from = [entry.workdir for entry in config.train.warm_start]
+            lineage.write(workdir, [pathlib.Path(one) for one in started_from])
         _write_profile(config, workdir, store, stream)
         keep_config_file(config, workdir)
+        if config.train.warm_start:
+            validation = pipeline.select(store, config.data, "val")
+            lineage.check_validation(workdir, config.data.store, validation)
     return store, stream, config.method.make(shape)
 
 
