@@ -76,7 +76,7 @@ class OptimizerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more.")
 
-    def make(self, total_steps: int) -> optax.GradientTransformation:
+    def make(self, total_steps: int | Array) -> optax.GradientTransformation:
         """Builds the transformation for a run of `total_steps` steps."""
         parts = []
         if not _is_off(self.clip_norm):
@@ -102,23 +102,22 @@ class OptimizerConfig:
             optax.scale_by_schedule(correction),
         ]
 
-    def _learning_rate(self, total_steps: int) -> optax.Schedule:
-        decay_steps = max(total_steps - self.warmup_steps, 1)
-
+    def _learning_rate(self, total_steps: int | Array) -> optax.Schedule:
         def rate(step: Array) -> Array:
+            decay_steps = jnp.maximum(total_steps - self.warmup_steps, 1)
             warmup = 1.0
             if self.warmup_steps:
                 warmup = optax.linear_schedule(0.0, 1.0, self.warmup_steps)(step)
             after = jnp.maximum(step - self.warmup_steps, 0)
+            progress = jnp.minimum(after / decay_steps, 1.0)
+            shape = jnp.ones_like(progress)
             if self.schedule is Schedule.COSINE:
-                shape = optax.cosine_decay_schedule(1.0, decay_steps)(after)
+                shape = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
             elif self.schedule is Schedule.COSINE_PERIODIC:
                 phase = jnp.pi * after / (self.half_period or decay_steps)
                 shape = 0.5 * (1.0 + jnp.cos(phase))
             elif self.schedule is Schedule.LINEAR:
-                shape = optax.linear_schedule(1.0, 0.0, decay_steps)(after)
-            else:
-                shape = 1.0
+                shape = 1.0 - progress
             shape = self.end_factor + (1.0 - self.end_factor) * shape
             return self.learning_rate * warmup * shape
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import adversaries, denoisers
-from uad_jax import types
+from uad_jax import optim, types
 from uad_jax.compat import Compat
 from uad_jax.methods import aae, base
 from uad_jax.methods.aae import Variant
@@ -16,8 +16,6 @@ from uad_jax.methods.aae import Variant
 CONFIG = adversaries.aae_config()
 RUN = base.RunShape(total_steps=10, steps_per_epoch=5, global_batch=4)
 BATCH = denoisers.batch()
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -32,13 +30,13 @@ def _update(variant: Variant, compat: Compat = Compat.NONE) -> Any:
         changed = dataclasses.replace(config, optimizer=own, critic=critic)
         return changed.make(RUN).update(state, BATCH, jax.random.key(1))
 
-    return jit(update)
+    return jax.jit(update)
 
 
 @functools.cache
 def _fresh(variant: Variant) -> types.TrainState:
     config = dataclasses.replace(CONFIG, variant=variant)
-    return jit(config.make(RUN).init)(jax.random.key(0), BATCH)
+    return jax.jit(config.make(RUN).init)(jax.random.key(0), BATCH)
 
 
 def _moved(variant: Variant, rate: float, critic_rate: float) -> set[str]:
@@ -102,10 +100,34 @@ def test_the_released_penalty_lies_beyond_the_prior() -> None:
     assert abs(ours["gradient_penalty"] - theirs["gradient_penalty"]) > 1e-4
 
 
+def test_epochs_of_different_lengths_share_a_program() -> None:
+    """As the folds of an ensemble have them."""
+    schedule = optim.Schedule.COSINE
+    scheduled = dataclasses.replace(adversaries.optimizer(), schedule=schedule)
+    config = dataclasses.replace(
+        CONFIG,
+        optimizer=scheduled,
+        critic=dataclasses.replace(CONFIG.critic, optimizer=scheduled),
+    )
+    state = dataclasses.replace(_fresh(config.variant), step=jnp.int32(2))
+
+    def update(steps_per_epoch: int | jax.Array) -> types.Scalars:
+        method = config.make(RUN._replace(steps_per_epoch=steps_per_epoch))
+        after, scalars = method.update(state, BATCH, jax.random.key(1))
+        return {**scalars, "moved": after.model.params["encoder"]["Dense_0"]["bias"]}
+
+    lengths = (1, 5)  # step 2 is late, and early
+    together = jax.jit(jax.vmap(update))(jnp.array(lengths))
+    alone = jax.jit(functools.partial(update, lengths[1]))()
+    for name, value in alone.items():
+        np.testing.assert_allclose(together[name][1], value, rtol=1e-3, atol=1e-5)
+    assert abs(together["moved"][0] - together["moved"][1]).max() > 1e-4
+
+
 def test_constraint_is_the_change_of_the_code() -> None:
     config = dataclasses.replace(CONFIG, constraint_weight=3.0)
     model = _fresh(Variant.CONSTRAINED_AAE).model
-    loss = jit(functools.partial(aae.loss, config, train=False))
+    loss = jax.jit(functools.partial(aae.loss, config, train=False))
     value, (_, scalars) = loss(model.params, {}, BATCH, jax.random.key(2))
 
     def change(image: jax.Array) -> jax.Array:

@@ -141,7 +141,8 @@ class AaeConfig:
 
     def make(self, run: base.RunShape) -> base.Method:
         """Builds the method. Float fields may be traced scalars."""
-        early = self.first_epochs * run.steps_per_epoch
+        # Folds that are trained together may have epochs of different lengths.
+        early = self.first_epochs * run.steps_per_epoch if self.first_epochs else 0
         moving, functions = _players(self, run, early), score_functions(self)
 
         def init(key: Key, batch: Batch) -> TrainState:
@@ -322,9 +323,14 @@ def reconstruct(
     return reconstruct_slices(config, model, image, None)
 
 
-def _players(config: AaeConfig, run: base.RunShape, early: int) -> dict[str, Player]:
+def _players(
+    config: AaeConfig, run: base.RunShape, early: int | Array
+) -> dict[str, Player]:
     """The players; schedules count their own steps."""
-    early = min(early, run.total_steps)
+    if isinstance(early, int):
+        early = min(early, run.total_steps)
+    else:
+        early = jnp.minimum(early, run.total_steps)
     late = run.total_steps - early
     first_critic_steps = config.first_critic_steps or config.critic.steps
     moving = [
@@ -346,7 +352,7 @@ def _players(config: AaeConfig, run: base.RunShape, early: int) -> dict[str, Pla
 def _update(
     config: AaeConfig,
     moving: dict[str, Player],
-    early: int,
+    early: int | Array,
     state: TrainState,
     batch: Batch,
     key: Key,
@@ -355,7 +361,7 @@ def _update(
     position = Position(state.model.params, state.opt_state)
     phases = [jax.random.fold_in(key, i) for i in range(4)]
     parts = config.accumulate_steps
-    is_early = state.step < early if early else None
+    is_early = state.step < early if config.first_epochs else None
 
     def step(position: Position, index: Array) -> tuple[Position, dict[str, Any]]:
         step_key = jax.random.fold_in(phases[0], index)
