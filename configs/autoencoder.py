@@ -98,7 +98,8 @@ def _baur2018(variant: Variant) -> config_lib.ExperimentConfig:
     """A reconstruction, not the authors' settings: their layer tables are unknown.
 
     The blocks of the later study with a 16x16 map, whose spatial code has 64 channels;
-    both terms of the loss are divided by the pixels.
+    both terms of the loss are divided by the pixels. Dropout and what is decoded in a
+    test are those of `configs/anovaegan.py:baur2018`, so that the two compare.
     """
     config = _paper(variant)
     config.name = f"{variant.value}_baur2018"
@@ -109,6 +110,8 @@ def _baur2018(variant: Variant) -> config_lib.ExperimentConfig:
         method,
         intermediate_resolution=16,
         latent_channels=64,
+        dropout=0.1,
+        sample_at_test=False,
         reduction=losses.Reduction.MEAN,
     )
     return config

@@ -28,6 +28,7 @@ from uad_jax.anomaly_score_config import (
 from uad_jax.compat import Compat
 from uad_jax.methods import base, context
 from uad_jax.methods.context import Variant
+from uad_jax.ops import residuals
 
 # As many as the autoencoders see, see configs/autoencoder.py.
 REFERENCE_SLICES = 614_400
@@ -88,6 +89,9 @@ def _paper(variant: Variant) -> config_lib.ExperimentConfig:
             samples=1,
         )
         score = ScoreConfig(kind=Score.GRADIENT, gradient=gradient)
+    # Its map of a ceVAE is never negative.
+    absolute = variant is Variant.CEVAE
+    residual = residuals.Residual.ABS if absolute else residuals.Residual.POSITIVE
     rate = 1e-3 if variant is Variant.CE else 1e-4
     return config_lib.ExperimentConfig(
         name=f"{variant.value}_paper",
@@ -96,6 +100,7 @@ def _paper(variant: Variant) -> config_lib.ExperimentConfig:
             intermediate_resolution=8,
             compat=Compat.DENNER,
             score=score,
+            residual=residual,
             sample_at_test=variant is Variant.CEVAE,
             optimizer=optim.OptimizerConfig(learning_rate=rate, b1=0.5),
         ),

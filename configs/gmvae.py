@@ -22,6 +22,7 @@ from uad_jax import anomaly_score_config, optim
 from uad_jax import config as config_lib
 from uad_jax.compat import Compat
 from uad_jax.methods import base, gmvae
+from uad_jax.ops import residuals
 
 # As many as the autoencoders see, see configs/autoencoder.py.
 REFERENCE_SLICES = 614_400
@@ -71,13 +72,14 @@ def _paper(name: str, form: dict[str, Any]) -> config_lib.ExperimentConfig:
     that code searches on healthy scans, is the one it names.
     """
     restoration = anomaly_score_config.denner()
-    restoration.sampled = True
     restoration.num_steps = 150 if form else 3
     return config_lib.ExperimentConfig(
         name=f"{name}_paper",
         method=gmvae.GmvaeConfig(
             intermediate_resolution=8,
             compat=Compat.DENNER,
+            residual=residuals.Residual.POSITIVE,
+            sample_at_test=True,
             score=anomaly_score_config.ScoreConfig(
                 kind=anomaly_score_config.Score.RESTORATION, restoration=restoration
             ),

@@ -221,7 +221,9 @@ def test_one_step_of_a_restoration_by_hand() -> None:
 
 
 def test_one_step_of_the_released_restoration_by_hand() -> None:
-    settings = dataclasses.replace(anomaly_score_config.denner(), num_steps=1)
+    released = anomaly_score_config.denner()
+    assert released.sampled
+    settings = dataclasses.replace(released, num_steps=1, sampled=False)
     scores = _score(ScoreConfig(kind=Score.RESTORATION, restoration=settings))
     x = _volumes().image
     variation = jax.grad(

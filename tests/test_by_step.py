@@ -296,4 +296,4 @@ def test_figures_of_two_protocols_are_two_tables() -> None:
     assert "0.125" not in one
     assert other.splitlines()[0] == "Protocol baur"
     assert "0.125" in other
-    assert by_step.render([first]).startswith("set")
+    assert by_step.render([first]).startswith("Protocol behrendt\nset")

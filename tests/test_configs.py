@@ -112,6 +112,8 @@ def test_paper_settings_are_those_of_the_released_code() -> None:
         assert (method.optimizer.learning_rate, method.optimizer.b1) == (1e-4, 0.5)
         assert (method.norm.value, method.reduction.value) == ("none", "sum")
         assert (method.pixel_loss.value, method.kl_weight) == ("l1", 1.0)
+        assert (method.residual.value, method.sample_at_test) == ("positive", True)
+    assert _config("autoencoder", "variant=ae_spatial,paper").batch_size == 8
 
 
 def test_the_reconstruction_of_the_first_paper_has_its_map_and_reduction() -> None:
@@ -121,6 +123,9 @@ def test_the_reconstruction_of_the_first_paper_has_its_map_and_reduction() -> No
     assert method.reduction.value == "mean"
     assert (method.optimizer.learning_rate, method.optimizer.b1) == (1e-4, 0.5)
     assert method.residual.value == "positive"
+    beside: Any = _config("anovaegan", "bottleneck=spatial,baur2018").method
+    assert (method.sample_at_test, method.dropout) == (False, 0.1)
+    assert (beside.sample_at_test, beside.network.dropout) == (False, 0.1)
     later = _config("autoencoder", "baur2020")
     assert config_lib.to_json(later) == config_lib.to_json(
         _config("autoencoder", "paper")
@@ -175,7 +180,46 @@ def test_published_adversarial_autoencoders_keep_their_settings() -> None:
         assert method.critic.penalty_weight == penalty
         assert method.critic_hidden == hidden
         assert (method.first_steps, method.critic.steps) == (20, 20)
+        assert method.first_epochs == (0 if variant == "constrained_ae" else 6)
+        assert (method.constraint_weight, method.compat.value) == (1.0, "denner")
+        beta2 = 0.999 if variant == "constrained_ae" else 0.9
+        assert (method.optimizer.b1, method.optimizer.b2) == (0.5, beta2)
         assert (method.pixel_loss.value, method.reduction.value) == ("l2", "mean")
+
+
+def test_published_fanogan_keeps_its_settings() -> None:
+    config = _config("fanogan", "stage=gan,paper")
+    gan: Any = config.method
+    second = _config("fanogan", "stage=encoder,gan=runs/gan,paper")
+    encoder: Any = second.method
+    assert config.batch_size == second.batch_size == 8
+    assert gan.network.intermediate_resolution == 16
+    assert gan.network.latent_size == 128
+    assert (gan.critic.steps, gan.critic.penalty_weight) == (5, 10.0)
+    assert gan.compat.value == "denner"
+    adam = optim.OptimizerConfig(learning_rate=1e-3, b1=0.5, b2=0.9)
+    assert gan.optimizer == gan.critic.optimizer == encoder.optimizer == adam
+    assert (encoder.feature_weight, encoder.residual.value) == (1.0, "positive")
+
+
+def test_published_mixture_and_context_models_keep_their_settings() -> None:
+    for word, size, steps in (("paper", 128, 3), ("spatial,paper", 1, 150)):
+        config = _config("gmvae", word)
+        method: Any = config.method
+        assert (config.batch_size, method.optimizer.learning_rate) == (8, 5e-5)
+        assert (method.latent_size, method.num_components) == (size, 9)
+        assert (method.intermediate_resolution, method.free_bits) == (8, 1.0)
+        assert method.compat.value == "denner"
+        restoration = method.score.restoration
+        assert method.score.kind.value == "restoration"
+        assert (restoration.num_steps, restoration.sampled) == (steps, True)
+        assert (restoration.step_size, restoration.tv_weights) == (1e-3, (1.8,))
+        assert (method.residual.value, method.sample_at_test) == ("positive", True)
+    for variant, rate, residual in (("ce", 1e-3, "positive"), ("cevae", 1e-4, "abs")):
+        config = _config("context", f"variant={variant},paper")
+        method = config.method
+        assert (config.batch_size, method.optimizer.learning_rate) == (8, rate)
+        assert (method.residual.value, method.compat.value) == (residual, "denner")
 
 
 def test_both_stages_of_fanogan_share_their_networks() -> None:

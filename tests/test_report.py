@@ -225,7 +225,8 @@ def test_results_read_from_their_file_put_the_model_first(
 
 def test_summary_is_short_and_ends_with_the_verdict() -> None:
     text = report.summary(reports.complete())
-    head = " ".join(text.splitlines()[0].split())
+    name, head = (" ".join(line.split()) for line in text.splitlines()[:2])
+    assert name == "Protocol behrendt"
     assert head == "AP pooled AP volume mean Dice, healthy threshold"
     assert text.index("vae") < text.index("raw intensity")
     assert text.endswith("The model does not beat the baselines.")

@@ -110,9 +110,8 @@ def you_gmvae() -> RestorationConfig:
 def denner() -> RestorationConfig:
     """The restoration in the released code of Baur et al. 2021.
 
-    Nothing holds the image to where it came from, the background moves too, and the
-    gradient is not limited. (Its GMVAE divides the gradient by the batch size; here it
-    is that of the sum.)
+    Nothing holds the image to where it came from, the background moves too, the
+    gradient is not limited, and the code is drawn anew at every step.
     """
     return RestorationConfig(
         num_steps=150,
@@ -123,6 +122,7 @@ def denner() -> RestorationConfig:
         smoothing=Smoothing.RESIDUAL,
         tv_weights=(1.8,),
         pixel_loss=losses.PixelLoss.L1,
+        sampled=True,
     )
 
 

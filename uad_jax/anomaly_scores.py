@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from uad_jax import gradient_score, restoring
 from uad_jax.anomaly_score_config import Score, ScoreConfig, SliceScore
 from uad_jax.methods import lifting
-from uad_jax.ops import losses, residuals
+from uad_jax.ops import residuals
 from uad_jax.score_functions import Functions, Rows
 from uad_jax.types import Array, Key, ModelState, Scores, Volumes
 
@@ -178,7 +178,7 @@ def slice_scores(
     """Scores of slices [N, H, W, C] themselves, [N], or None: they follow the map."""
     if config.slice_score is SliceScore.MAP:
         return None
-    terms = functions.terms(model, image, None, losses.PixelLoss.L1)
+    terms = functions.terms(model, image, None, functions.pixel_loss)
     if config.slice_score is SliceScore.KL:
         return terms.kl
     return terms.reconstruction + functions.kl_weight * terms.kl

@@ -170,6 +170,7 @@ def score_functions(
     build: Callable[[tuple[int, ...]], Networks],
     dropout: float | Array,
     kl_weight: float | Array = 0.0,
+    pixel_loss: losses.PixelLoss = losses.PixelLoss.L1,
 ) -> Functions:
     """What the shared scores need of a method of one encoder and one decoder.
 
@@ -177,6 +178,7 @@ def score_functions(
       build: Shape of the images -> the modules.
       dropout: Rate, where a score drops units.
       kl_weight: Of the divergence of a Gaussian code, summed over the code.
+      pixel_loss: The error of the method's own loss.
     """
 
     def reconstruct(
@@ -208,4 +210,4 @@ def score_functions(
         return Terms(output, rows, kl)
 
     rate = dropout
-    return Functions(reconstruct, terms, kl_weight)
+    return Functions(reconstruct, terms, kl_weight, pixel_loss)

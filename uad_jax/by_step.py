@@ -157,8 +157,6 @@ def _trains(workdir: pathlib.Path) -> bool:
 def render(rows: Sequence[Row]) -> str:
     """The main columns for the terminal, a table per protocol."""
     protocols = list(dict.fromkeys(row.get("protocol", "") for row in rows))
-    if len(protocols) < 2:
-        return _table(rows)
     parts = []
     for protocol in protocols:
         same = [row for row in rows if row.get("protocol", "") == protocol]

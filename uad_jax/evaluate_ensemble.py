@@ -16,6 +16,7 @@ from uad_jax import (
     ensembles,
     evaluate,
     evaluation,
+    lineage,
     report,
     saved_run,
     tables,
@@ -29,6 +30,7 @@ from uad_jax.config import ExperimentConfig
 from uad_jax.ensembles import Axis
 from uad_jax.evaluation import Context
 from uad_jax.metrics import statistics
+from uad_jax.metrics.protocols import Protocol
 from uad_jax.scoring import Program, Scorer
 from uad_jax.types import Array, Scores, Volumes
 
@@ -119,7 +121,8 @@ def evaluate_ensemble(
             own_map = evaluate.evaluate_set(context, scorer, known=known)
         else:
             logging.warning("Set %s: %s", first.name, _OWN_SCANS)
-        members = _summary(axis, opened, figures, own_map)
+        protocol = first.evaluation_set.protocol
+        members = _summary(axis, opened, figures, own_map, protocol)
         path = workdir / FOLDER / f"{first.name}.json"
         workdir_lib.write_json(path, results_lib.without_nan(members))
         found[first.name] = {"members": members, "ensemble": own_map}
@@ -232,11 +235,7 @@ def _context(
         },
     )
     trained_on = {
-        content
-        for one in of_members
-        for content in workdir_lib.read_json(one.workdir / workdir_lib.FINGERPRINT)[
-            "subjects"
-        ].values()
+        content for one in of_members for content in lineage.seen(one.workdir).contents
     }
     seen = [x.subject for x in calibrating.volumes(context) if x.content in trained_on]
     if seen:
@@ -269,6 +268,7 @@ def _summary(
     opened: Sequence[_Opened],
     figures: Mapping[str, Mapping[str, float]],
     own_map: Mapping[str, Any] | None,
+    protocol: Protocol,
 ) -> dict[str, Any]:
     """The content of `results/members/<set>.json`; "ensemble" is the own map."""
     names = [
@@ -290,6 +290,7 @@ def _summary(
         "same_scans": own_map is not None,
         "ensemble": own_map and _numbers(own_map["scorers"][own_map["run"]["name"]]),
         "set": own_map and own_map["set"],
+        "protocol": protocol.value,
     }
 
 
@@ -301,7 +302,8 @@ def evaluated(
     found = evaluate_ensemble(config, axis, workdir, step=step)
     for name, one in found.items():
         own = one["ensemble"]
-        parts.append(f"{name}\n{_table(one['members'])}")
+        protocol = one["members"]["protocol"]
+        parts.append(f"{name}, protocol {protocol}\n{_table(one['members'])}")
         if own is None:
             parts.append(_OWN_SCANS)
             continue

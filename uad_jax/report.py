@@ -61,7 +61,8 @@ def summary(
             [name, *(tables.number(metrics.get(key)) for key in keys)]
             for name, metrics in scorers.items()
         ]
-        parts.append(text_table(["", *(columns[key] for key in keys)], rows))
+        table = text_table(["", *(columns[key] for key in keys)], rows)
+        parts.append(f"Protocol {results['set']['protocol']}\n{table}")
     if subjects and not _has_voxel_figures(results):
         ranking = breakdowns.ranking(subjects)
         assert ranking is not None

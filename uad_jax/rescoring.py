@@ -21,6 +21,10 @@ SCORE_FIELDS = (
     "method.sample_at_test",
     "method.score_chunk",
     "method.feature_score",
+    "method.way",  # of DDPM back to the image, and how
+    "method.sampler",
+    "method.eta",
+    "method.chain_calls",
     "method.slabs.overlap",
     "method.slabs.score_chunk",
 )

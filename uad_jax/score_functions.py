@@ -54,11 +54,13 @@ class Functions(NamedTuple):
         the code drawn by the keys, or the posterior's mean. Without a posterior the
         divergence is 0.
       kl_weight: Of the divergence where the error is summed over the pixels.
+      pixel_loss: The error of the method's own loss.
     """
 
     reconstruct: Reconstruct
     terms: Callable[[ModelState, Array, Array | None, losses.PixelLoss], Terms]
     kl_weight: float | Array = 0.0
+    pixel_loss: losses.PixelLoss = losses.PixelLoss.L1
 
 
 class Rows(NamedTuple):

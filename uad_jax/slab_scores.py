@@ -61,10 +61,12 @@ class SlabFunctions(NamedTuple):
       autoencode: Its reconstruction.
       kl_weight: Numbers in a slice -> weight of the divergence where the error is
         summed over them.
+      pixel_loss: The error of the method's own loss.
     """
 
     autoencode: Autoencode
     kl_weight: Callable[[int], float | Array]
+    pixel_loss: losses.PixelLoss = losses.PixelLoss.L1
 
 
 class Window(NamedTuple):
@@ -140,7 +142,7 @@ def bind(functions: SlabFunctions, slabs: SlabConfig, rows: Rows) -> Functions:
         )
 
     weight = functions.kl_weight(rows.image[0].size)
-    return Functions(reconstruct, terms, weight)
+    return Functions(reconstruct, terms, weight, functions.pixel_loss)
 
 
 def scorer(

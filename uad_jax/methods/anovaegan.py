@@ -329,7 +329,7 @@ def score_functions(config: AnoVaeGanConfig) -> Functions:
         return adversarial.terms(image, output, kind, kl)
 
     reconstruct_by = functools.partial(reconstruct_slices, config)
-    return Functions(reconstruct_by, own_terms, config.kl_weight)
+    return Functions(reconstruct_by, own_terms, config.kl_weight, config.pixel_loss)
 
 
 def reconstruct(

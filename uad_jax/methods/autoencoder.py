@@ -228,7 +228,10 @@ def validation_loss(
 def score_functions(config: AutoencoderConfig) -> Functions:
     """What the shared scores need of an autoencoder."""
     return autoencoding.score_functions(
-        functools.partial(networks, config), config.dropout, config.kl_weight
+        functools.partial(networks, config),
+        config.dropout,
+        config.kl_weight,
+        config.pixel_loss,
     )
 
 

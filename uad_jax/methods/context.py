@@ -325,7 +325,10 @@ def validation_loss(
 def score_functions(config: ContextConfig) -> Functions:
     """What the shared scores need of a context encoder; nothing is hidden."""
     return autoencoding.score_functions(
-        functools.partial(networks, config), config.dropout, config.kl_weight
+        functools.partial(networks, config),
+        config.dropout,
+        config.kl_weight,
+        config.pixel_loss,
     )
 
 

@@ -406,7 +406,7 @@ def score_functions(config: GmvaeConfig) -> Functions:
             kl=divergences(config, model.params, latents).total,
         )
 
-    return Functions(reconstruct, terms, config.kl_weight)
+    return Functions(reconstruct, terms, config.kl_weight, config.pixel_loss)
 
 
 def reconstruct(

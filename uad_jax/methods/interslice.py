@@ -392,7 +392,7 @@ def score_functions(config: InterSliceConfig) -> slab_scores.SlabFunctions:
         mean = config.reduction is losses.Reduction.MEAN
         return config.kl_weight * (pixels if mean else 1)
 
-    return slab_scores.SlabFunctions(run, weight)
+    return slab_scores.SlabFunctions(run, weight, config.pixel_loss)
 
 
 def _dropout(x: Array, rate: float | Array, keys: Array) -> Array:
