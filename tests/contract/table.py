@@ -377,7 +377,7 @@ TABLE["pddpm"] = _diffusion(denoisers.pddpm_config(), train_steps=100)
 # One noise field for a batch and for a volume, as published.
 _shared = denoisers.pddpm_config()
 _shared.process.shared_noise = True
-TABLE["pddpm_shared"] = _diffusion(_shared, train_steps=100)
+TABLE["pddpm_shared"] = _diffusion(_shared, train_steps=100)._replace(slow=True)
 TABLE["cddpm"] = _diffusion(
     denoisers.cddpm_config(),
     overfit={
