@@ -6,8 +6,9 @@ r"""Trains and evaluates methods of two cores over modalities and seeds.
 
 All train with the same number of steps of 16 slices, and so see as many, none of them
 augmented. `cddpm_spark` needs `spark` before it in the list, and `fanogan` needs
-`fanogan_gan`: these see as many slices again and have nothing to evaluate. Finished
-runs are skipped, so that it can be stopped and started again. Afterwards
+`fanogan_gan`: these see as many slices again and have nothing to evaluate.
+`vae_restored` needs `vae`: it is its run, scored by ten steps of the restoration.
+Finished runs are skipped, so that it can be stopped and started again. Afterwards
 `docs/render_results.py` collects the results and renders the tables.
 """
 
@@ -20,11 +21,12 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from uad_jax import config as config_lib
-from uad_jax import evaluate, prepare, runtime, train
+from uad_jax import evaluate, prepare, rescoring, runtime, train
+from uad_jax.anomaly_score_config import Score
 from uad_jax.baseline_scorers import BaselineMemory
 from uad_jax.config import EvaluationSet
 from uad_jax.data import cohort
-from uad_jax.methods import cddpm, fanogan, spark
+from uad_jax.methods import autoencoder, cddpm, fanogan, spark
 from uad_jax.ops import augment
 
 _ROOT = flags.DEFINE_string("root", "runs/study", "Directory of cohort, store, runs.")
@@ -41,6 +43,7 @@ CONFIGS = {
     "ae_spatial": ("autoencoder", "variant=ae_spatial,cpu"),
     "vae": ("autoencoder", "variant=vae,cpu"),
     "vae_spatial": ("autoencoder", "variant=vae_spatial,cpu"),
+    "vae_restored": ("autoencoder", "variant=vae,cpu"),  # the run of vae with its seed
     "anovaegan": ("anovaegan", "cpu"),
     "anovaegan_spatial": ("anovaegan", "bottleneck=spatial,cpu"),
     "aegan": ("anovaegan", "variant=aegan,cpu"),
@@ -125,11 +128,31 @@ def _run(
     config.data.store = str(root / "store")
     config.data.modalities = modality
     config.source = f"configs/{file}.py:{argument}"
+    if name == "vae_restored":
+        _restore(config, root / f"{modality}-vae-{seed}", workdir, memory)
+        return
     result = train.train(config, workdir, progress=False)
     if result.stopped == "preempted":
         sys.exit(train.EXIT_PREEMPTED)
     if not isinstance(config.method, spark.SparkConfig | fanogan.GanConfig):
         evaluate.evaluate(config, workdir, progress=False, memory=memory)
+
+
+def _restore(
+    config: config_lib.ExperimentConfig,
+    trained: pathlib.Path,
+    workdir: pathlib.Path,
+    memory: BaselineMemory,
+) -> None:
+    """Scores a trained VAE by restoration; ten steps are what two cores can do."""
+    method = config.method
+    assert isinstance(method, autoencoder.AutoencoderConfig)
+    method.score.kind = Score.RESTORATION
+    method.score.restoration.num_steps = 10
+    if not workdir.exists():
+        rescoring.rescore(config, trained, workdir)
+    config.evaluation.sets.pop("val", None)  # its thresholds take long enough
+    evaluate.evaluate(config, workdir, progress=False, memory=memory)
 
 
 if __name__ == "__main__":
