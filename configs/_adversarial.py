@@ -68,7 +68,7 @@ def published(
 def shrink(
     config: config_lib.ExperimentConfig, total_steps: int, critic_steps: int = 1
 ) -> None:
-    """Makes a modern run one for two cores, at most 5 minutes at 96x96."""
+    """Makes a modern run one for two cores, some 5 minutes at 96x96."""
     method: Any = config.method
     method.precision = base.Precision.FLOAT32
     method.ema_decay = 0.99

@@ -13,9 +13,9 @@ Command:   python run.py train --config=configs/anovaegan.py:WORDS \
            and the authors' later defaults, since no code of it was released (slices of
            128x128 or 256x256); `cpu` for two cores; no word for an accelerator.
 Hardware:  one accelerator; `cpu`: two cores
-Time:      accelerator: not yet measured; `cpu`: 300 of its 600 steps took 12 to 16
-           minutes on one core with other work
-Expected:  `cpu`, 300 steps: docs/results_synthetic.md
+Time:      accelerator: not yet measured; `cpu`: 300 of its 400 steps took 5
+           minutes on one core (AE-GAN)
+Expected:  `cpu`, 300 steps: docs/results_synthetic.md and docs/results_real.md
 """
 
 import dataclasses
@@ -94,9 +94,9 @@ def _modern(variational: bool, bottleneck: Bottleneck) -> config_lib.ExperimentC
 
 
 def _cpu(variational: bool, bottleneck: Bottleneck) -> config_lib.ExperimentConfig:
-    """Two cores, at most 5 minutes at 96x96: one step of the critic per batch."""
+    """Two cores, some 5 minutes at 96x96: one step of the critic per batch."""
     config = _modern(variational, bottleneck)
-    _adversarial.shrink(config, total_steps=600)
+    _adversarial.shrink(config, total_steps=400)
     return config
 
 

@@ -7,9 +7,9 @@ Command:   python run.py train --config=configs/dae.py --config.data.store=STORE
            Words: `paper` for the published settings (made for slices of 128x128 with
            four modalities), `cpu` for two cores, no word for an accelerator.
 Hardware:  one accelerator; `cpu`: two cores
-Time:      accelerator: not yet measured; `cpu`: 9,600 slices, about 4 minutes (a
-           step costs 2.3 times one of `autoencoder.py:cpu`; not run to its end)
-Expected:  not yet measured
+Time:      accelerator: not yet measured; `cpu`: 300 of its 600 steps took 5
+           minutes on one core with other work
+Expected:  `cpu`, 300 steps: docs/results_synthetic.md and docs/results_real.md
 """
 
 from configs import _parts

@@ -11,8 +11,9 @@ Command:   python run.py train --config=configs/gmvae.py --workdir=DIR \
            128x128; scored by its restoration of 3 steps, spatial 150), `cpu` for two
            cores, neither for an accelerator. Other scores: docs/scores.md.
 Hardware:  one accelerator; `cpu`: two cores
-Time:      not yet measured; `cpu`: 25,600 slices at about the speed of the VAE
-Expected:  not yet measured
+Time:      accelerator: not yet measured; `cpu`: 300 of its 1,600 steps took 2 minutes
+           on one core with other work
+Expected:  `cpu`, 300 steps: docs/results_synthetic.md
 """
 
 from typing import Any

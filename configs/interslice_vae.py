@@ -15,7 +15,7 @@ Command:   python run.py train --config=configs/interslice_vae.py:mixer=gru \
 Hardware:  one accelerator; `cpu`: two cores
 Time:      accelerator: not yet measured; `cpu`: 300 of its 1,600 steps took 2 to 3
            minutes on one core with other work
-Expected:  `cpu`, 300 steps: docs/results_synthetic.md
+Expected:  `cpu`, 300 steps: docs/results_synthetic.md and docs/results_real.md
 """
 
 from configs import _parts

@@ -32,7 +32,7 @@ def test_a_finished_demo_says_so_until_training_or_code_goes_on(
     evaluated = []
     results = {
         "run": {"name": "model", "environment": {"commit": "abc"}},
-        "set": {},
+        "set": {"protocol": "behrendt"},
         "scorers": {"a baseline": {}, "model": {"ap_pooled": 0.25}},
         "verdict": "As good as it gets.",
     }

@@ -187,7 +187,7 @@ def test_the_report_says_what_made_it_and_no_folder(
         assert str(run.workdir.parent) not in path.read_text()
     assert not list(folder.glob(".*"))
     shown = prediction.render([found["test-5"], one], folder)
-    assert len([line for line in shown.splitlines() if "test-6" in line]) == 1
+    assert len([line for line in shown.splitlines() if line.startswith("test-6")]) == 1
     assert f"{one.found_ml:.2f} ml" in shown
     assert shown.endswith("For research only, not a medical device.")
 

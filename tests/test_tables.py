@@ -43,7 +43,8 @@ def test_the_figures_of_the_protocol_lead_and_the_others_follow(
         "protocol baur: brain eroded by 9 pixels (18 mm)",
     ) in facts
     assert ("Protocol", "no reconstruction") in facts
-    first, *_ = report.summary(results).splitlines()
+    name, first, *_ = report.summary(results).splitlines()
+    assert name == "Protocol baur"
     assert re.split(r"  +", first.strip())[:3] == [
         "AP pooled",
         "Dice ceiling, pooled",

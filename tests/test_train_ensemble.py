@@ -325,12 +325,13 @@ def test_more_members_take_no_more_programs(
     config = runs.scale_config(store, total_steps=4)
     jax.monitoring.register_event_duration_secs_listener(listen)
     counts = []
-    for number in (2, 2, 4):
+    for number in (2, 4):
+        jax.clear_caches()  # what other tests have compiled counts for neither
         compiled.clear()
         _ensemble(config, f"seed:{number}", tmp_path / f"{len(counts)}", mesh1)
         counts.append(len(compiled))
     jax.monitoring.unregister_event_duration_listener(listen)
-    assert counts[2] <= counts[1] + 2, counts
+    assert counts[0] == counts[1] > 0
 
 
 def test_every_member_is_warm_started(

@@ -22,14 +22,18 @@ from uad_jax.methods import base
 SCORERS = [name for name, row in TABLE.items() if row.config.make(RUN).score]
 
 
-def _rows(names: list[str]) -> pytest.MarkDecorator:
-    slow = {name: [pytest.mark.slow] if TABLE[name].slow else [] for name in names}
+def _rows(names: list[str], by_hand: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrises a claim by rows; those `by_hand` are slow like `Row.slow`."""
+    slow = {name: TABLE[name].slow or name in by_hand for name in names}
+    marks = {name: [pytest.mark.slow] if slow[name] else [] for name in names}
     return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=slow[name]) for name in names]
+        "name", [pytest.param(name, marks=marks[name]) for name in names]
     )
 
 
 every_method = _rows(list(TABLE))
+# Claims that compile another training step, which takes these rows longest.
+every_small_method = _rows(list(TABLE), by_hand=("spark", "cddpm", "anoddpm"))
 every_scorer = _rows(SCORERS)
 every_prior = _rows(
     [name for name, row in TABLE.items() if row.config.make(RUN).reconstruct]
@@ -309,7 +313,7 @@ def _member(tree: types.Tree, index: int) -> types.Tree:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-@every_method
+@every_small_method
 def test_vmap_over_seeds_equals_separate_runs(name: str) -> None:
     seeds = (0, 1)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
@@ -346,7 +350,7 @@ def test_vmap_over_float_fields_equals_separate_runs(name: str) -> None:
     assert losses[0] != losses[1]
 
 
-@every_method
+@every_small_method
 def test_accumulation_equals_the_whole_batch(name: str) -> None:
     row, batch = TABLE[name], table.batch(name)
     method = dataclasses.replace(row.config, accumulate_steps=2).make(RUN)
