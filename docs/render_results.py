@@ -40,7 +40,8 @@ def collect(family: str, workdirs: list[pathlib.Path]) -> None:
             } | {
                 "commit": run["environment"]["commit"],
                 "device": run["environment"]["device_kind"],
-                "source": run["config"]["source"],
+                # Of runs that it starts from the name, not the place on one machine.
+                "source": re.sub(r"=[^,=]*/", "=", run["config"]["source"]),
                 "batch_size": run["config"]["batch_size"],
                 "data_fingerprint": run["data_fingerprint"],
             }
