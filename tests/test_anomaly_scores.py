@@ -89,6 +89,24 @@ def test_a_residual_compares_with_one_reconstruction() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", list(losses.PixelLoss))
+def test_the_elbo_of_a_slice_has_the_error_of_the_methods_own_loss(
+    kind: losses.PixelLoss,
+) -> None:
+    score = anomaly_scores.scorer(
+        TOY._replace(pixel_loss=kind),
+        ScoreConfig(slice_score=SliceScore.ELBO),
+        Residual.ABS,
+    )
+    volumes = _volumes()
+    found = jax.jit(score)(MODEL, volumes, jax.random.key(1)).slice_score[0]
+    half = volumes.image[0] / 2
+    error = jnp.square(half) if kind is losses.PixelLoss.L2 else jnp.abs(half)
+    divergence = 0.5 * jnp.square(volumes.image[0].sum(axis=(1, 2, 3)))
+    expected = error.sum(axis=(1, 2, 3)) + 3.0 * divergence
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def _draws(passes: int) -> np.ndarray:
     """The numbers that the passes draw, [2, 3, passes]."""
     volumes = _volumes()

@@ -1,14 +1,20 @@
+import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
-from configs import smoke
-from tests import runs, stores
+from configs import ddpm, smoke
+from tests import denoisers, runs, stores
 from uad_jax import ensembles, member_programs, workdir
 from uad_jax.ensembles import Axis
+from uad_jax.methods import base
+
+RUN = base.RunShape(total_steps=10, steps_per_epoch=5, global_batch=4)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,35 @@ def test_a_field_of_the_score_is_asked_of_one_trained_run() -> None:
     with pytest.raises(ValueError, match="there is no axis") as caught:
         ensembles.parse("method.kl:1,2", smoke.get_config())
     assert "method.score." not in str(caught.value)
+
+
+def test_how_a_chain_goes_back_is_a_matter_of_the_score() -> None:
+    with pytest.raises(ValueError, match=r"run\.py rescore .*method\.eta="):
+        ensembles.parse("method.eta:0,1", ddpm.get_config("cpu"))
+
+
+@pytest.mark.parametrize("field", ["mask_ratio", "max_blur"])
+def test_floats_that_fix_sizes_cannot_differ_between_members(
+    field: str, mesh1: Mesh
+) -> None:
+    plain: Any = denoisers.spark_config()
+    if field == "max_blur":
+        plain = denoisers.ddpm_config()
+        plain.augment = dataclasses.replace(plain.augment, blur_probability=1.0)
+
+    def make(place: jax.Array) -> base.Method:
+        value = member_programs.chosen((0.5, 0.75), place)
+        if field == "max_blur":
+            blurred = dataclasses.replace(plain.augment, max_blur=value)
+            return dataclasses.replace(plain, augment=blurred).make(RUN)
+        return dataclasses.replace(plain, mask_ratio=value).make(RUN)
+
+    batch = denoisers.batch()
+    if field == "mask_ratio":
+        image, mask = jnp.zeros((4, 64, 64, 1)), jnp.ones((4, 64, 64, 1), bool)
+        batch = dataclasses.replace(batch, image=image, mask=mask)
+    with pytest.raises(ValueError, match=r"cannot share one program.*separate runs"):
+        member_programs.build(make, 2, batch, [], mesh1, 1)
 
 
 def test_members_are_complete_experiments_of_their_own() -> None:
