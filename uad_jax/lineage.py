@@ -59,9 +59,8 @@ def write(workdir: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
     contents: set[str] = set()
     licences: set[str] = set()
     for source in dict.fromkeys(sources):
-        folder = source
-        if not (folder / workdir_lib.FINGERPRINT).is_file():
-            folder = source.parent
+        own = source.name == workdir_lib.CHECKPOINTS
+        folder = source.parent if own else source
         described = (folder / workdir_lib.FINGERPRINT).is_file()
         if not described or (folder / workdir_lib.IMPORTED).is_file():
             logging.warning(
