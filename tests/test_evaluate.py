@@ -12,11 +12,19 @@ import pytest
 
 from configs import smoke
 from tests import runs, stores
-from uad_jax import calibrating, evaluate, evaluation, results, scoring, train
+from uad_jax import (
+    calibrating,
+    evaluate,
+    evaluation,
+    lineage,
+    results,
+    scoring,
+    train,
+)
 from uad_jax import config as config_lib
 from uad_jax import workdir as workdir_lib
 from uad_jax.config import EvaluationSet, ExperimentConfig
-from uad_jax.data import builder
+from uad_jax.data import builder, sources
 from uad_jax.metrics import calibration
 from uad_jax.metrics.protocols import Protocol
 from uad_jax.ops import residuals
@@ -301,6 +309,25 @@ def test_fault_B35_scans_of_the_training_are_not_tested_in_another_store(
     config = _opened(config, again=EvaluationSet(store=str(store)))
     with pytest.raises(ValueError, match=r"1 of 2 scans .* trained on \(scan-0\)"):
         evaluate.evaluate(config, workdir, mesh=mesh1, progress=False)
+
+
+def test_fault_B35_scans_of_an_earlier_stage_are_not_tested(
+    trained: tuple[ExperimentConfig, pathlib.Path],
+    tmp_path: pathlib.Path,
+    mesh1: jax.sharding.Mesh,
+) -> None:
+    config, workdir = trained
+    second = pathlib.Path(shutil.copytree(workdir, tmp_path / "second"))
+    store = _store(tmp_path / "store", _scan(54, TRAINED))
+    (scan,) = sources.Store.open(str(store)).volumes
+    first = tmp_path / "first"
+    first.mkdir()
+    note = {"licences": [], "subjects": {"under another name": scan.content}}
+    workdir_lib.write_json(first / workdir_lib.FINGERPRINT, note)
+    lineage.write(second, [first])
+    config = _opened(config, again=EvaluationSet(store=str(store)))
+    with pytest.raises(ValueError, match=r"1 of 1 scans .* trained on \(scan-54\)"):
+        evaluate.evaluate(config, second, mesh=mesh1, progress=False)
 
 
 def test_another_method_data_or_recipe_names_both_values(
